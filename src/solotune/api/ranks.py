@@ -25,6 +25,7 @@ from solotune.units import first_line
 from solotune.version import __version__
 
 if TYPE_CHECKING:
+    from solotune.dataset import Prepared
     from solotune.training.checkpoint import Checkpoint
 
 OWN = ("output_dir", "resume_from_checkpoint")
@@ -108,6 +109,24 @@ def _first_difference(key: str, other: Any, own: Any) -> tuple[str, Any, Any]:
         name = next(name for name in [*own, *other] if own.get(name) != other.get(name))
         return _first_difference(f"{key}, {name}", other.get(name), own.get(name))
     return key, other, own
+
+
+def require_rows(world: World, config: RunConfig, prepared: Prepared) -> None:
+    """Raises:
+    InputError: there are fewer rows, or packs of rows, than ranks.
+    """
+    if world.size == 1:
+        return
+    from solotune.dataset.sampler import pack_sequences
+
+    count = len(pack_sequences(config.batches, prepared.train))
+    if count < world.size:
+        what = "packs of training rows" if config.packing else "training rows"
+        raise InputError(
+            f"{world.size} ranks, but only {count} {what}: some ranks would never get one",
+            allowed=f"at most {count} ranks",
+            change="start fewer ranks" + (", or packing: false" if config.packing else ""),
+        )
 
 
 def with_plan_of_rank_0(world: World, config: RunConfig, planned: RunConfig) -> RunConfig:

@@ -200,9 +200,9 @@ def load_model(
 
 
 def try_largest_step(
-    config: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver
+    config: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver, world: World = ALONE
 ) -> Preflight | None:
-    """Run the largest step once and measure it; None if the config skips it.
+    """Run the largest step once and measure it; None if the config skips it. Only rank 0 saves a checkpoint of it.
 
     Raises:
         SolotuneError: the step failed.
@@ -210,9 +210,8 @@ def try_largest_step(
     if config.preflight is True or (config.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
         with device_errors(config.memory):
-            return preflight.preflight(
-                model, prepared.train, prepared.validation, config, _folder_of(config.output_dir)
-            )
+            folder = _folder_of(config.output_dir) if world.is_owner else None
+            return preflight.preflight(model, prepared.train, prepared.validation, config, folder)
     return None
 
 
@@ -249,6 +248,11 @@ def write_initial_files(
             f"--nproc-per-node={ready.machine.num_gpus} -m solotune train CONFIG"
         )
     run_summary = summary(ready)
+    if ready.config.ranks > 1:
+        batches = ready.config.batches
+        rows = batches.batch_size * batches.accumulation * batches.ranks
+        parts = f"{batches.batch_size} x {batches.accumulation} on each of {batches.ranks} ranks"
+        display.note(f"ranks: {batches.ranks}; a step has {rows} {'packs' if batches.packing else 'rows'} ({parts})")
     display.note(_parameters_in_words(run_summary))
     for line in ready.model.adapter_coverage().in_words():
         display.note(line)

@@ -159,13 +159,14 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     day = world.told(lambda: setup.rendering_day(checked, resume))
     with world.one_after_another():
         tokenizer, prepared, findings = setup.read_data(checked, model_files, day, display)
+    ranks.require_rows(world, checked, prepared)
     plan = setup.plan(checked, model_files, machine, prepared, display)
     checked = ranks.with_plan_of_rank_0(world, checked, plan.resolved)
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
     signals = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display, world)
-    preflight = setup.try_largest_step(checked, model, prepared, display)
+    preflight = setup.try_largest_step(checked, model, prepared, display, world)
     return setup.PreparedRun(
         config=checked,
         machine=machine,
@@ -219,6 +220,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
             tuned_score = loop.train(
                 model, prepared.train, prepared.validation, config, run, observer, start, run_fingerprints, world
             )
+            world.disconnect()
             _write_adapter(run, ready)
 
         evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
@@ -267,6 +269,7 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     try:
         with signals.defer_signals():
             loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
+            world.disconnect()
     except Exception as error:
         if failure := device_failure(error, config.memory, run.path):
             raise failure from error

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watched = watchdog.watched() if is_ours and trains else contextlib.nullcontext()
     rank = rank_of(os.environ) if trains else None
     try:
-        with signals.handle_signals(is_ours, rank is not None, bool(rank)), watched:
+        has_launcher = trains and (rank is not None or "TORCHELASTIC_RUN_ID" in os.environ)
+        with signals.handle_signals(is_ours, has_launcher, bool(rank)), watched:
             open_closed_streams()
             quieten()
             code = _run_as_rank(given, rank) if rank else _run(given, as_json)

@@ -40,6 +40,7 @@ from solotune.runtime.signals import StopRequested
 TICK_SECONDS = 0.5
 STOPPED_SECONDS = 20.0  # torchrun needs 30 more until it kills a worker that is stopped
 SILENT_SECONDS = 45.0
+BLOCKED_SECONDS = 10.0  # for a main thread that waits for a lost rank in native code
 KILLED, HUNG = 137, 9  # exit codes: see `errors`
 
 Departure = dict[str, Any]
@@ -117,6 +118,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._beats, self._left = 0, dict[str, Any]()
         self._ends = threading.Event()
+        self.may_end_process = False  # the main thread is in a native call that no signal interrupts
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._write()
 
@@ -148,7 +150,7 @@ class Heartbeat:
     def _run(self) -> None:
         # signals must reach the main thread and interrupt its waiting
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        last = time.monotonic()
+        last, asked_for = time.monotonic(), 0.0
         while not self._ends.wait(TICK_SECONDS):
             now = time.monotonic()
             passed, last = min(now - last, 2 * TICK_SECONDS), now
@@ -156,6 +158,18 @@ class Heartbeat:
                 self._write()
             if (stop := self._look(passed)) is not None:
                 signals.request_stop(stop)
+                asked_for += passed
+                if self.may_end_process and asked_for > BLOCKED_SECONDS:
+                    self._end_process(stop)
+
+    def _end_process(self, stop: StopRequested) -> None:
+        """End this process from the thread, before the run has anything to save."""
+        code = 128 + stop.number
+        if isinstance(stop, RankLost):
+            code = stop.lost.exit_code
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: {stop.lost.problem}\n".encode() if self._rank == 0 else b"")
+        os._exit(code)
 
     def _write(self) -> None:
         with self._lock:

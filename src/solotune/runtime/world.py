@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ JOIN_SECONDS = 300.0  # from the first rank that is there to the last
 LEAVE_SECONDS = 40.0  # how long a rank that leaves waits until rank 0 has saved
 FIND_SECONDS = 5.0  # after a failed transfer, until the reason is known
 READ_SECONDS = 5.0  # how long rank 0 stays for the others to read why it leaves
+ABORT_SECONDS = 10.0
 PIECE_BYTES = 256 << 20  # of `share`
 
 
@@ -79,8 +81,10 @@ class World:
         """
         given = {name: environ[name] for name in VARIABLES if environ.get(name)}
         size = given.get("WORLD_SIZE")
+        count = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        restarts = int(count) if count.isdecimal() else 0
         if (size in (None, "1") and given.get("RANK") in (None, "0")) and ("RANK" in given) <= ("WORLD_SIZE" in given):
-            return cls()
+            return cls(restarts=restarts)
         if missing := [name for name in VARIABLES if name not in given]:
             raise InputError(
                 f"{', '.join(missing)}: not set, so this rank cannot meet the others",
@@ -93,16 +97,15 @@ class World:
             if not given[name].isdecimal():
                 raise InputError(f"{name}: not a number", seen=given[name])
             numbers[name] = int(given[name])
-        rank, count = numbers["RANK"], numbers["WORLD_SIZE"]
-        if not rank < count:
-            raise InputError("RANK: there are fewer ranks", seen=f"RANK={rank}, WORLD_SIZE={count}",
-                             allowed=f"0 to {count - 1}")  # fmt: skip
-        restarts = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        rank, ranks = numbers["RANK"], numbers["WORLD_SIZE"]
+        if not rank < ranks:
+            seen = f"RANK={rank}, WORLD_SIZE={ranks}"
+            raise InputError("RANK: there are fewer ranks", seen=seen, allowed=f"0 to {ranks - 1}")
         return cls(
             rank,
-            count,
+            ranks,
             numbers["LOCAL_RANK"],
-            int(restarts) if restarts.isdecimal() else 0,
+            restarts,
             (given["MASTER_ADDR"], numbers["MASTER_PORT"]),
             environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
@@ -159,18 +162,13 @@ class World:
             return
         beats = self._heartbeat
         beats.leave(departure)
-        is_over = departure["how"] == "finished"
-        if not is_over:
+        if departure["how"] != "finished":
             watched = None if self.is_owner else {0}
             until = time.monotonic() + (READ_SECONDS if self.is_owner else LEAVE_SECONDS)
             while not beats.others_have_left(watched) and time.monotonic() < until:
                 time.sleep(0.1)
         beats.stop()
         self._heartbeat = None
-        if is_over and self._device is not None:
-            import torch.distributed as dist
-
-            dist.destroy_process_group()
 
     def why(self, stop: StopRequested) -> StopRequested:
         """The reason behind a stop: torchrun sends SIGTERM to all ranks when one has died or failed."""
@@ -247,7 +245,7 @@ class World:
         # ours is the decision what happens when a rank is lost; NCCL's own would end this process before it can save
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self.gather(None)
-        with self._errors():
+        with self._errors(), self._blocking():
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
                 store=dist.PrefixStore("group", self._store),
@@ -258,6 +256,15 @@ class World:
             )
         self._device = device
 
+    def disconnect(self) -> None:
+        """End the process group when all ranks have done their part."""
+        if self._device is not None:
+            import torch.distributed as dist
+
+            self.gather(None)  # nobody leaves while another one still receives
+            self._device = None
+            dist.destroy_process_group()
+
     def sum(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
         if self.size == 1:
@@ -265,11 +272,8 @@ class World:
         import torch.distributed as dist
 
         with self._errors():
-            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-            for work in works:
-                assert work is not None
-                self._wait(work.is_completed, 0.0001)
-                work.wait()
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                self._finish(work)
 
     def share(self, content: bytes) -> bytes:
         """Bytes of rank 0 on every rank; what others give is not read."""
@@ -285,12 +289,38 @@ class World:
             for start in range(0, size, PIECE_BYTES):
                 piece = torch.from_numpy(whole[start : start + PIECE_BYTES])
                 moved = piece.to(self._device)
-                work = dist.broadcast(moved, 0, async_op=True)
-                assert work is not None
-                self._wait(work.is_completed, 0.001)
-                work.wait()
+                self._finish(dist.broadcast(moved, 0, async_op=True))
                 piece.copy_(moved)
         return whole.tobytes()
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a transfer between tensors."""
+        try:
+            self._wait(work.is_completed, 0.0001)
+        except StopRequested:
+            self._abort()
+            raise
+        work.wait()
+
+    def _abort(self) -> None:
+        """End NCCL's kernels, which wait for a rank that is gone: everything else on the card would wait for them."""
+        if self._device.type == "cuda":
+            import torch.distributed as dist
+
+            assert dist.group.WORLD is not None
+            thread = threading.Thread(target=dist.group.WORLD.abort, daemon=True)
+            thread.start()
+            thread.join(ABORT_SECONDS)
+
+    @contextlib.contextmanager
+    def _blocking(self) -> Iterator[None]:
+        """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
+        assert self._heartbeat is not None
+        self._heartbeat.may_end_process = True
+        try:
+            yield
+        finally:
+            self._heartbeat.may_end_process = False
 
     def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
         """Ask until it is done.
