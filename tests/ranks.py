@@ -71,7 +71,8 @@ def _become(work: Callable[[int], int], rank: int, variables: Mapping[str, str],
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for number in (1, 2):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of this process
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         os.environ.update(variables)
         code = work(rank)
         sys.stdout.flush()

@@ -90,12 +90,12 @@ def test_the_second_is_the_callers_own():
 
 
 def test_torchruns_echo_of_a_signal_is_not_a_second_one():
-    with signals.handle_signals(True, has_launcher=True, is_quiet=True), pytest.raises(StopRequested):
-        with signals.defer_signals():
-            send(signal.SIGINT)
-            send(signal.SIGINT)
-            send(signal.SIGTERM)
-            signals.check_stop()
+    own = signals.handle_signals(True, has_launcher=True, is_quiet=True)
+    with own, pytest.raises(StopRequested), signals.defer_signals():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        signals.check_stop()
 
 
 def test_another_thread_can_ask_for_a_stop():

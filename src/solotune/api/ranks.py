@@ -2,7 +2,7 @@
 
     start(world, config, resume)       meet; the same config, versions and cards? each rank takes its card
     require_same(world, facts)         later: the same rows and base?
-    share_point(world, point)          the checkpoint that rank 0 has found, on every rank
+    share_start(world, run, point)     the run directory and the checkpoint of rank 0, on every rank
 
 Rank 0 decides: its plan's settings, its date, its run directory and its checkpoint are those of all. The others need no
 shared folder: they get what they need over the network.
@@ -14,6 +14,7 @@ import os
 import platform
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.config.run_config import RunConfig
@@ -27,6 +28,7 @@ from solotune.version import __version__
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
     from solotune.training.checkpoint import Checkpoint
+    from solotune.training.resume import ResumePoint
 
 OWN = ("output_dir", "resume_from_checkpoint")
 """Keys that only rank 0 uses."""
@@ -103,6 +105,21 @@ def require_same(world: World, facts: Mapping[str, Any]) -> None:
                 )
 
 
+def require_same_run(world: World, fingerprints: Mapping[str, Any]) -> None:
+    """The same for the `fingerprints` of the run; another driver with the same card computes the same."""
+    require_same(world, {**fingerprints, "device": fingerprints["device"].partition(", driver")[0]})
+
+
+def run_to_continue(world: World, config: RunConfig) -> RunConfig:
+    """The config with the `output_dir` of the run that rank 0 continues: see `resume.run_to_continue`."""
+    from solotune.training import resume
+
+    if world.size == 1:
+        return resume.run_to_continue(config)
+    folder = world.told(lambda: resume.run_to_continue(config).output_dir)
+    return config.replaced("newest run of this config", output_dir=folder) if folder else config
+
+
 def _first_difference(key: str, other: Any, own: Any) -> tuple[str, Any, Any]:
     """The name and the two values of the innermost thing that differs."""
     if isinstance(other, dict) and isinstance(own, dict):
@@ -138,10 +155,18 @@ def with_plan_of_rank_0(world: World, config: RunConfig, planned: RunConfig) -> 
     return planned if world.is_owner else config.replaced("plan of rank 0", **values)
 
 
-def share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
-    """Rank 0's checkpoint on every rank; None if the run begins anew."""
+def share_start(
+    world: World, run: Path | None, resume_point: ResumePoint | None
+) -> tuple[Path | None, Checkpoint | None]:
+    """The run directory and the checkpoint of rank 0, on every rank; what the others give is not read."""
     if world.size == 1:
-        return point
+        return run, resume_point.point if resume_point else None
+    path = Path(world.told(lambda: str(run)))
+    return path, _share_point(world, resume_point.point if resume_point else None)
+
+
+def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
+    """Rank 0's checkpoint on every rank; None if the run begins anew."""
     from safetensors.torch import load, save
 
     from solotune.training.checkpoint import Checkpoint

@@ -1,8 +1,8 @@
 """`solotune train`: a whole run, step by step.
 
     prepare_run   resolve the config, check, read the data, plan, load the model, try the largest step; writes nothing
-    _train        record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
-    _take_part    what ranks other than 0 do after prepare_run: train (`ranks`)
+    _lead         record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
+    _take_part    in place of _lead on ranks other than 0, which write nothing (`ranks`): train
 
 The stages of `prepare_run` and the files written before the first step are in `setup`; the loop is `training.loop`.
 """
@@ -141,6 +141,11 @@ def _stopped_early(stop: StopRequested, stage: str) -> SolotuneError:
     return InterruptedRunError(stop.number, f"stopped while {stage}; there is nothing to save yet", "start it again")
 
 
+def _stopped_with_adapter(stop: StopRequested, stage: str, run: RunDirectory) -> InterruptedRunError:
+    change = f"compare it with its base model: {program()} evaluate {run.path}"
+    return InterruptedRunError(stop.number, f"stopped while {stage}; the adapter is saved", change)
+
+
 def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: World = ALONE) -> PreparedRun:
     """Do everything that may refuse a run, the cheapest checks first. Nothing is written yet.
 
@@ -183,25 +188,33 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
 
 
 def _train(config: RunConfig, resume: bool, user_display: Resilient, world: World) -> TrainResult:
-    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
+    """Prepare the run; then lead it, or take part in it."""
+    from solotune.training.resume import fingerprints, which_run
+
+    if resume:
+        config = ranks.run_to_continue(world, config)
+        user_display.note(which_run(config))
+    ready = prepare_run(config, resume, user_display, world)
+    run_fingerprints = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
+    ranks.require_same_run(world, run_fingerprints)
+    if world.is_owner:
+        return _lead(ready, run_fingerprints, resume, user_display, world)
+    return _take_part(ready, run_fingerprints, world)
+
+
+def _lead(
+    ready: PreparedRun, run_fingerprints: dict[str, Any], resume: bool, user_display: Resilient, world: World
+) -> TrainResult:
+    """Open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
     from solotune.api import setup
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
     from solotune.trackers.observer import Trackers
     from solotune.training import checkpoint, loop
-    from solotune.training.resume import fingerprints, open_run, run_to_continue, which_run
+    from solotune.training.resume import open_run
 
-    if resume:
-        folder = world.told(lambda: run_to_continue(config).output_dir)
-        config = config.replaced("newest run of this config", output_dir=folder) if folder else config
-        user_display.note(which_run(config))
-    ready = prepare_run(config, resume, user_display, world)
-    config, prepared, model = ready.config, ready.prepared, ready.model
-    run_fingerprints = fingerprints(config, prepared, ready.machine, ready.model_files)
-    ranks.require_same(world, {**run_fingerprints, "device": run_fingerprints["device"].partition(", driver")[0]})
-    if not world.is_owner:
-        return _take_part(ready, run_fingerprints, world)
+    config, rows, model = ready.config, ready.prepared, ready.model
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
@@ -211,19 +224,18 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-        told = Observers(RunLog(run), display)
-        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
+        record, told = RunRecord.read(run.path), Observers(RunLog(run), display)
+        monitor = Monitor(model, ready.run_facts, told, record, ready.signals)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
-        world.told(lambda: str(run.path))
-        start = ranks.share_point(world, resume_point.point if resume_point else None)
+        _, start = ranks.share_start(world, run.path, resume_point)
         with signals.defer_signals():
             tuned_score = loop.train(
-                model, prepared.train, prepared.validation, config, run, observer, start, run_fingerprints, world
+                model, rows.train, rows.validation, config, run, observer, start, run_fingerprints, world
             )
             world.disconnect()
             _write_adapter(run, ready)
 
-        evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
+        evaluation = _evaluate(run, ready, tuned_score, display) if rows.validation else None
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
@@ -234,10 +246,7 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
             raise
-        stop = world.why(stop)
-        problem = f"stopped while {user_display.stage}; the adapter is saved"
-        change = f"compare it with its base model: {program()} evaluate {run.path}"
-        raise InterruptedRunError(stop.number, problem, change) from None
+        raise _stopped_with_adapter(stop, user_display.stage, run) from None
     except RankError as error:
         if error.traceback:
             append_line(run.path / LOG, error.traceback)
@@ -263,8 +272,8 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     from solotune.training import loop
 
     config, rows = ready.config, ready.prepared
-    run = RunDirectory(Path(world.told(str)))
-    point = ranks.share_point(world, None)
+    path, point = ranks.share_start(world, None, None)
+    run = RunDirectory(path)
     observer = Resilient(SilentObserver())
     try:
         with signals.defer_signals():

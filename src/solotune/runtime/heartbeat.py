@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from solotune.errors import RankError
+from solotune.regular_files import read_bytes, read_text
 from solotune.runtime import signals
 from solotune.runtime.signals import StopRequested
 
@@ -100,9 +101,10 @@ class Peer:
 def process_space() -> str:
     """What two processes share if they see each other's process ids: machine and namespace."""
     parts = [platform.node()]
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with contextlib.suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("pid") else open(path).read().strip())  # noqa: SIM115
+    with contextlib.suppress(OSError):
+        parts.append(read_text("/proc/sys/kernel/random/boot_id", 4096).strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 
@@ -224,8 +226,7 @@ class Heartbeat:
         if peer.space != self._space:
             return "unknown"
         try:
-            with open(f"/proc/{peer.pid}/stat", "rb") as file:
-                state = file.read().rpartition(b")")[2].split()[0]
+            state = read_bytes(f"/proc/{peer.pid}/stat", 65536).rpartition(b")")[2].split()[0]
         except FileNotFoundError:
             if not os.path.isdir("/proc/self"):
                 return "unknown"

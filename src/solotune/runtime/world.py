@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from solotune.errors import CheckError, InputError
 from solotune.runtime import heartbeat, signals
 from solotune.runtime.heartbeat import KILLED, Departure, Heartbeat, Lost, Peer, RankLost
+from solotune.runtime.rendezvous import store_at
 from solotune.runtime.signals import StopRequested
 from solotune.units import first_line
 
@@ -131,10 +132,12 @@ class World:
         """
         if self.size == 1:
             return
-        self._store = _store_at(self.address, self.size, self.restarts, is_server=self.is_owner and not self.has_agent)
+        self._store = store_at(
+            self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
+        )
         own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
         self._own = own
-        beats = _store_at(self.address, self.size, self.restarts, is_server=False)
+        beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
         found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
@@ -389,34 +392,3 @@ def end_process(code: int) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
-
-
-def _store_at(address: tuple[str, int], size: int, restarts: int, is_server: bool) -> Any:
-    """A connection to the store of the ranks; with `is_server` it is in this process.
-
-    Raises:
-        InputError: the port is taken, or nobody answers there.
-    """
-    import torch.distributed as dist
-
-    host, port = address
-    until = time.monotonic() + JOIN_SECONDS
-    while True:
-        signals.check_stop()
-        try:  # in short attempts: a waiting call would not let a signal through
-            seconds = timedelta(seconds=5)
-            store = dist.TCPStore(host, port, size, is_server, seconds, wait_for_workers=False, multi_tenant=True)
-            store.set_timeout(timedelta(seconds=JOIN_SECONDS))
-            return dist.PrefixStore(f"solotune/{restarts}", store)
-        except (RuntimeError, ValueError) as error:
-            if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
-                change = "export MASTER_PORT with another number for all ranks (torchrun: --master-port, --standalone)"
-                raise InputError(
-                    f"MASTER_PORT: another process uses port {port} of {host}", seen=f"{port}", change=change
-                ) from None
-            if isinstance(error, ValueError) or time.monotonic() > until:
-                raise InputError(
-                    f"MASTER_ADDR, MASTER_PORT: rank 0 does not answer at {host}:{port}",
-                    seen=first_line(error),
-                    change="give the address of the machine of rank 0, and a port that its firewall lets through",
-                ) from None

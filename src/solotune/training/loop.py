@@ -45,7 +45,7 @@ from solotune.dataset import Example
 from solotune.dataset.collate import Batch
 from solotune.dataset.sampler import BatchSampler, pack_and_shape
 from solotune.display.observer import Observers, RunObserver
-from solotune.errors import DeviceError, InterruptedRunError, NonFiniteError, SolotuneError, resume_command
+from solotune.errors import InterruptedRunError, NonFiniteError, SolotuneError, resume_command
 from solotune.evaluation import scores
 from solotune.hardware.device_memory import peak_bytes
 from solotune.hardware.gpu_errors import stage
@@ -63,7 +63,7 @@ from solotune.training import checkpoint, nonfinite
 from solotune.training.best_model import BestModel
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
 from solotune.training.optimizer import learning_rate_at, make_optimizer, set_learning_rate
-from solotune.training.step_share import StepRows, StepShare
+from solotune.training.step_share import StepRows, StepShare, require_same_adapters
 
 
 class StepResult(NamedTuple):
@@ -76,29 +76,30 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: TrainableModel,
-    micro_batches: Sequence[Batch] | StepShare,
+    micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     dropout_seed: tuple[int, ...] = (0,),
     runner: MicroBatchRunner | None = None,
+    share: StepShare | None = None,
 ) -> StepResult:
     """One optimizer step over the whole accumulated batch.
 
     Args:
-        micro_batches: of the step; with several ranks, this rank's share of them.
         dropout_seed: makes the dropout of this step differ from that of other steps.
         runner: of this model. Kept from step to step, it records CUDA graphs where shapes repeat.
+        share: of this rank, whose micro-batches these are; None: they are the whole step.
 
     Raises:
         NonFiniteError: something is NaN or infinite; the weights are unchanged.
         StopRequested: a signal came between two micro-batches, or another rank has ended; the weights are unchanged.
     """
     random = checkpoint.random_state()
-    share = micro_batches if isinstance(micro_batches, StepShare) else StepShare.whole(micro_batches)
+    share = share or StepShare.whole(micro_batches)
     runner = runner or MicroBatchRunner(model)
     runner.loss_and_correct_2.zero_()
     try:
-        for number, batch in zip(share.numbers, share.batches, strict=True):
+        for number, batch in zip(share.numbers, micro_batches, strict=True):
             share.seed_dropout(model, dropout_seed, number)
             runner.run(accumulate, batch, share.total_weight)  # forward and backward, or the CUDA graph of both
             signals.check_stop()
@@ -200,7 +201,8 @@ def train(
                 optimizer, learning_rate_at(config.schedule, step - 1, schedule.total_steps)
             )
             try:
-                result = train_step(model, share, optimizer, config.max_grad_norm, (config.seed, step), runner)
+                seeds = (config.seed, step)
+                result = train_step(model, share.batches, optimizer, config.max_grad_norm, seeds, runner, share)
             except NonFiniteError as error:
                 raise _not_finite(error, step, share, observer) from None
             done = step
@@ -302,23 +304,6 @@ def _interrupted(stop: StopRequested, done: int, run: RunDirectory, saved: int) 
     return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
 
 
-def _require_same_adapters(model: TrainableModel, world: World, step: int) -> None:
-    """Compare the adapters of all ranks, by a checksum of their bits.
-
-    Raises:
-        DeviceError: those of a rank differ from rank 0's.
-    """
-    if world.size == 1:
-        return
-    found = world.gather(int(model.flat_params.detach().view(torch.int32).sum(dtype=torch.int64)))
-    if others := [rank for rank, checksum in enumerate(found) if checksum != found[0]]:
-        raise DeviceError(
-            f"step {step}: the adapters of rank {', '.join(map(str, others))} differ from those of rank 0, though all "
-            "ranks made the same updates; no checkpoint was saved",
-            change="continue with --resume; if it happens again, check that rank's GPU (nvidia-smi -q) and its driver",
-        )
-
-
 @dataclass
 class _Evaluations:
     """Evaluations of the held-out rows during the run."""
@@ -382,7 +367,7 @@ class _Saves:
             DeviceError: the adapters of another rank are not the same.
         """
         if not is_alone:
-            _require_same_adapters(self.model, self.world, step)
+            require_same_adapters(self.model, self.world, step)
         if not self.world.is_owner:
             self.newest = step
             return

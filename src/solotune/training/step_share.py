@@ -27,6 +27,7 @@ import torch
 from solotune.dataset import Example
 from solotune.dataset.collate import Batch, PaddedShape, collate_packs, num_labels
 from solotune.dataset.sampler import BatchSampler, Numbered, deal
+from solotune.errors import DeviceError
 from solotune.model import lora
 from solotune.model.loading import TrainableModel
 from solotune.runtime.world import ALONE, World
@@ -105,3 +106,20 @@ class StepRows:
     def _collated(self, packs: Sequence[int]) -> Batch:
         chosen = [[self._rows[row] for row in self._packs[pack]] for pack in packs]
         return collate_packs(chosen, self._device, self._shape)
+
+
+def require_same_adapters(model: TrainableModel, world: World, step: int) -> None:
+    """Compare the adapters of all ranks, by a checksum of their bits.
+
+    Raises:
+        DeviceError: those of a rank differ from rank 0's.
+    """
+    if world.size == 1:
+        return
+    found = world.gather(int(model.flat_params.detach().view(torch.int32).sum(dtype=torch.int64)))
+    if others := [rank for rank, checksum in enumerate(found) if checksum != found[0]]:
+        raise DeviceError(
+            f"step {step}: the adapters of rank {', '.join(map(str, others))} differ from those of rank 0, though all "
+            "ranks made the same updates; no checkpoint was saved",
+            change="continue with --resume; if it happens again, check that rank's GPU (nvidia-smi -q) and its driver",
+        )
