@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import Ranks
-from tiny import metrics_of
+from tiny import metrics_of, save_tokenizer
 
 import solotune
 from solotune.cli.main import main
+from solotune.errors import IntegrityError
 from solotune.run.run_dir import RunDirectory
 
 
@@ -112,3 +115,73 @@ def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
     while not is_true():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+# --- more of it, in minutes: sh scripts/test_ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt2", "mixtral"])
+def test_four_ranks_in_six_families(keys, family: str, model_folder, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder(family), folder)
+    save_tokenizer(folder)
+    keys |= {"model_name_or_path": str(folder), "per_device_train_batch_size": 1, "eval_steps": 20}
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 4})
+    ranks = train_as(4, keys, tmp_path)
+    assert ranks.ends() == [0] * 4, ranks.said(0)
+    found, wanted = (events_of(tmp_path / name, "step") for name in ("run", "alone"))
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in wanted], rel=1e-6)
+
+
+@pytest.mark.ranks
+def test_on_one_rank_a_run_of_two_goes_on_with_the_same_rows_in_a_step(keys, tmp_path: Path) -> None:
+    ranks = train_as(2, keys, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    with pytest.raises(IntegrityError) as refused:
+        solotune.train({**keys, "output_dir": "run"}, resume=True)
+    assert refused.value.change == "gradient_accumulation_steps: 2, or continue on 2 ranks"
+    solotune.train({**keys, "output_dir": "run", "gradient_accumulation_steps": 2}, resume=True)
+    (resumed,) = events_of(tmp_path / "run", "resume")
+    assert resumed["inexact"] == [
+        "gradient_accumulation_steps was 1, is 2",
+        "the number of ranks was 2, is 1: sums are rounded in another order",
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(keys, number: int, victim: int, tmp_path: Path) -> None:
+    keys |= {"max_steps": 400, "save_steps": 400, "eval_steps": 400}
+    ranks = train_as(2, keys, tmp_path)
+    wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 3)
+    os.kill(ranks.pids[victim], number)
+    sent = time.monotonic()
+    if number == signal.SIGSTOP:
+        other = 1 - victim
+        wait_for(lambda: os.waitid(os.P_PID, ranks.pids[other], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
+        os.kill(ranks.pids[victim], signal.SIGKILL)
+    codes = ranks.ends(60)
+    assert time.monotonic() - sent < 60
+    assert codes == ([128 + number] * 2 if number != signal.SIGSTOP else [-9, 9] if victim == 0 else [9, -9])
+    ranks = train_as(2, keys, tmp_path, "--resume")
+    assert ranks.ends() == [0, 0], ranks.said(0)
+    assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 401))
+
+
+@pytest.mark.ranks
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(keys, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+    more = ["max_steps=400", "save_steps=5", "eval_steps=400"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with subprocess.Popen([*command, "-m", "solotune", "train", "run.yaml", *more]) as agent:
+        wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 7)
+        workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        environ = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers]
+        killed = next(pid for pid, one in zip(workers, environ, strict=True) if b"RANK=1" in one)
+        os.kill(int(killed), signal.SIGKILL)
+        assert agent.wait(200) == 0
+    assert len(events_of(tmp_path / "run", "resume")) == 1
+    assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 401))

@@ -84,7 +84,8 @@ def steps_of_an_epoch(run_facts: RunFacts) -> int | None:
     batch = setting(run_facts, "per_device_train_batch_size")
     if not rows or not batch or run_facts.settings.get("packing"):
         return None
-    return math.ceil(rows / (batch * (setting(run_facts, "gradient_accumulation_steps") or 1)))
+    parts = (setting(run_facts, key) or 1 for key in ("gradient_accumulation_steps", "world_size"))
+    return math.ceil(rows / (batch * math.prod(parts)))
 
 
 def warmup_steps(run_facts: RunFacts) -> float | None:
