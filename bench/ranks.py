@@ -173,7 +173,10 @@ def kill_once(work: Path, ranks: int, launcher: str, rng: random.Random, whole: 
     is_named = bool(re.search(rf"rank {victim} \(process|rank {victim}:|Stopped|stopped", said))
     is_done = bool(adapter_of(run)) and "is saved" not in said and "error:" not in said
     before = len(set(steps_of(run)))
-    Launched(work, ranks, launcher, "--resume").end()
+    goes_on = Launched(work, ranks, launcher, "--resume")
+    problems += [f"resumed: {problem}" for problem in goes_on.end()[1]]
+    if not adapter_of(run):
+        problems.append(f"{said[-1000:]}\nresumed: {goes_on.said()[-2000:]}")
     from solotune.run.events import ResumeEvent
     from solotune.run.record import RunRecord
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,13 +12,15 @@ import pytest
 import torch
 from tiny import random_rows
 
-from solotune.dataset.collate import PaddedShape
+from solotune.dataset.collate import PaddedShape, collate
 from solotune.dataset.example import Example
 from solotune.dataset.sampler import BatchSampler, deal
 from solotune.model import lora
 from solotune.model.loading import load_model
+from solotune.runtime.signals import StopRequested
 from solotune.runtime.world import ALONE, World
 from solotune.training.forward_backward import accumulate
+from solotune.training.loop import train_step
 from solotune.training.step_share import StepRows, StepShare
 
 CPU = torch.device("cpu")
@@ -105,6 +108,25 @@ def test_dropout_follows_the_micro_batch_and_not_the_rank() -> None:
         StepShare([], [], [], 0, 0, 0.0, World(rank, 2)).seed_dropout(model, (1, 2), number)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_rank_that_stops_while_it_waits_leaves_its_part_for_the_others(tiny_config) -> None:
+    """Its gradients were set to zero once, and rank 0 made an update of half the rows."""
+
+    class Waiting(World):
+        def sum(self, *tensors: torch.Tensor) -> None:
+            self.sent = [tensor.clone() for tensor in tensors]
+            raise StopRequested(signal.SIGTERM)
+
+    model = load_model(tiny_config(), CPU, torch.float32)
+    world, batch, before = Waiting(1, 2), collate(random_rows(3), CPU), model.flat_params.detach().clone()
+    share = dataclasses.replace(StepShare.whole([batch]), world=world)
+    with pytest.raises(StopRequested):
+        train_step(model, [batch], torch.optim.SGD([model.flat_params], 1.0), 1.0, share=share)
+    assert model.flat_params.grad is not None
+    assert bool(world.sent[0].any())
+    assert torch.equal(model.flat_params.grad, world.sent[0])
+    assert torch.equal(model.flat_params.detach(), before)
 
 
 def test_packs_of_one_shape_keep_it() -> None:

@@ -103,12 +103,13 @@ def train_step(
             share.seed_dropout(model, dropout_seed, number)
             runner.run(accumulate, batch, share.total_weight)  # forward and backward, or the CUDA graph of both
             signals.check_stop()
-        assert model.flat_params.grad is not None
-        share.world.sum(model.flat_params.grad, runner.loss_and_correct_2)
     except StopRequested:
         model.zero_gradients()
         checkpoint.restore_random(random)
         raise
+    assert model.flat_params.grad is not None
+    # stopped while it waits, this rank leaves its part as it is: another one may still receive it, and make the update
+    share.world.sum(model.flat_params.grad, runner.loss_and_correct_2)
     loss_sum, hits = runner.loss_and_correct_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
     figures = [loss_sum / share.total_weight, hits / share.num_supervised, grad_norm]
