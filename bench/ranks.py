@@ -29,8 +29,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 STEPS = 60
 CONFIG = """\
 model_name_or_path: model
@@ -82,9 +80,8 @@ class Launched:
         self.output = folder / "rank-0.txt"
         self.agent: subprocess.Popen[bytes] | None = None
         if launcher == "fork":
-            from ranks import Ranks
-
             from solotune.cli.main import main
+            from tests.ranks import Ranks
 
             def work(rank: int) -> int:
                 sys.argv = ["solotune", "train", "run.yaml", *more]
@@ -190,7 +187,8 @@ def prepare(work: Path) -> None:
     import numpy as np
     import torch
     import transformers
-    from tiny import FAMILIES, save_tokenizer
+
+    from tests.tiny import FAMILIES, save_tokenizer
 
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(work / "model")

@@ -155,9 +155,7 @@ def with_plan_of_rank_0(world: World, config: RunConfig, planned: RunConfig) -> 
     return planned if world.is_owner else config.replaced("plan of rank 0", **values)
 
 
-def share_start(
-    world: World, run: Path | None, resume_point: ResumePoint | None
-) -> tuple[Path | None, Checkpoint | None]:
+def share_start(world: World, run: Path, resume_point: ResumePoint | None) -> tuple[Path, Checkpoint | None]:
     """The run directory and the checkpoint of rank 0, on every rank; what the others give is not read."""
     if world.size == 1:
         return run, resume_point.point if resume_point else None
@@ -175,7 +173,8 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
         return None
     parts = ("adapter", "optimizer", "random", "best")
     found = {f"{part}:{name}": t for part in parts for name, t in (getattr(point, part) if point else {}).items()}
-    step, state = world.told(lambda: [point.step, point.state] if point else [])
+    state = world.told(lambda: point.state if point else {})
+    step = world.told(lambda: point.step if point else 0)
     tensors = load(world.share(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
     of = {part: {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(part)} for part in parts}
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])

@@ -272,7 +272,7 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     from solotune.training import loop
 
     config, rows = ready.config, ready.prepared
-    path, point = ranks.share_start(world, None, None)
+    path, point = ranks.share_start(world, Path(), None)
     run = RunDirectory(path)
     observer = Resilient(SilentObserver())
     try:
