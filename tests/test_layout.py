@@ -59,6 +59,7 @@ TESTED_IN = {
     "exporters/test_source.py": ["exporters.base_tensors"],
     "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
+    "runtime/test_world.py": ["runtime.rendezvous"],
     "cli/test_commands.py": ["__init__", "api.plan", "cli.main", "cli.output"],
     "config/test_run_config.py": ["config.describe", "config.key_aliases", "config.load", "config.write", "errors"],
     "api/test_init.py": ["api.propose", "config.translate", "config.yaml_reader"],

@@ -19,6 +19,7 @@ SCRIPTS = [
     "scripts/test_export",
     "scripts/test_browser",
     "scripts/test_slow",
+    "scripts/test_ranks",
     "scripts/test_trackers",
     "scripts/test_lm_eval",
     "scripts/check",

@@ -94,3 +94,23 @@ def test_the_second_is_the_callers_own():
                 signals.check_stop()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_torchruns_echo_of_a_signal_is_not_a_second_one():
+    own = signals.handle_signals(True, has_launcher=True, is_quiet=True)
+    with own, pytest.raises(StopRequested), signals.defer_signals():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        signals.check_stop()
+
+
+def test_another_thread_can_ask_for_a_stop():
+    class Why(StopRequested):
+        pass
+
+    with signals.handle_signals(), pytest.raises(Why):
+        signals.request_stop(Why(signal.SIGTERM))
+        signals.request_stop(StopRequested(signal.SIGINT))  # later: what was first is the reason
+        signals.check_stop()
+    signals.check_stop()

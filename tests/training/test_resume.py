@@ -274,6 +274,23 @@ def test_other_software_and_the_same_step_in_other_parts(workload):
         compare(other, {**then, "config": paged}, "here")
 
 
+def test_another_number_of_ranks_continues_with_the_same_rows_in_a_step(workload):
+    ready = workload.ready
+    then = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
+    was = {key: value for key, value in then.items() if key != "world_size"}  # of a version without ranks
+    batch, accumulation = (then["config"][key] for key in MICRO_BATCH)
+    two = {**then, "world_size": 2}
+    assert compare(was, then, "here") == compare(two, two, "here") == []
+    with pytest.raises(IntegrityError) as refused:
+        compare(two, then, "here")
+    assert refused.value.problem == "here: it was trained on 2 ranks, so a step of 1 has other rows than before"
+    assert refused.value.change == f"gradient_accumulation_steps: {2 * accumulation}, or continue on 2 ranks"
+    with pytest.raises(IntegrityError, match=f"settings of these two that make {batch * accumulation} rows"):
+        compare(was, {**then, "world_size": 3}, "here")
+    more = {**then, "config": {**then["config"], MICRO_BATCH[1]: 2 * accumulation}}
+    assert compare(two, more, "here")[1] == "the number of ranks was 2, is 1: sums are rounded in another order"
+
+
 def test_an_inexact_resume_says_so_in_metrics_and_log(work):
     faults.until_step(work, 6)
     ready = work.ready

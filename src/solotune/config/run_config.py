@@ -270,6 +270,7 @@ class RunConfig(BaseModel):
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="run")
+    _ranks: int = PrivateAttr(default=1)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         """For pydantic's repr: the keys that are set, or chosen for this machine."""
@@ -308,7 +309,18 @@ class RunConfig(BaseModel):
     def replaced(self, source: str, **values: Any) -> RunConfig:
         """Copy with some values changed, and check it; `source` is recorded for each changed key."""
         sources = {**self._sources, **dict.fromkeys(values, source)}
-        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name)
+        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name).on_ranks(self._ranks)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share each step: no key of a file, but how the run was started."""
+        return self._ranks
+
+    def on_ranks(self, ranks: int) -> RunConfig:
+        """The config for a run of so many processes: a step has the rows of all of them."""
+        config = self.model_copy()
+        config._ranks = ranks
+        return config
 
     @field_validator("validation_size")
     @classmethod
@@ -502,6 +514,7 @@ class RunConfig(BaseModel):
             max_steps=self.max_steps,
             num_epochs=self.num_train_epochs,
             seed=self.seed,
+            ranks=self._ranks,
             sources=self._sources,
         )
 

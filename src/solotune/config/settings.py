@@ -119,6 +119,7 @@ class BatchSettings(Settings):
     max_steps: int  # -1: by epochs
     num_epochs: float
     seed: int
+    ranks: int = 1  # processes that share a step, each with `accumulation` micro-batches of it
 
 
 @dataclass(frozen=True, kw_only=True)

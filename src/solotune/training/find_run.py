@@ -10,6 +10,7 @@ recorded no name, from an older version, the evaluation keys have to be equal to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def changed_keys(
         may_change = section == "run" or (section == "evaluation" and not with_evaluation) or key in MAY_CHANGE
         if key in then and not may_change and key not in chosen and then[key] != value:
             changed[key] = (then[key], value)
-    if rows_per_step(then) == rows_per_step(now):
+    ranks = (record.fingerprints or {}).get("world_size", 1)
+    if rows_per_step(then, ranks) == rows_per_step(now, config.ranks):
         changed = {key: pair for key, pair in changed.items() if key not in MICRO_BATCH}
     return changed
 
@@ -122,7 +124,7 @@ def _chosen(record: RunRecord) -> dict[str, Any]:
     return {str(entry.get("key")): entry.get("value") for entry in entries if isinstance(entry, dict)}
 
 
-def rows_per_step(values: Mapping[str, Any]) -> int | None:
-    """Rows of an optimizer step by the values of a config; None if they are damaged."""
-    sizes = [values.get(key) for key in MICRO_BATCH]
-    return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None  # type: ignore[operator]
+def rows_per_step(values: Mapping[str, Any], ranks: Any = 1) -> int | None:
+    """Rows of an optimizer step by the values of a config, on so many ranks; None if they are damaged."""
+    sizes = [*(values.get(key) for key in MICRO_BATCH), ranks]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None  # type: ignore[arg-type]

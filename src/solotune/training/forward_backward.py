@@ -135,7 +135,10 @@ class _Graph:
         self._batch = batch
         self._total_weight = torch.tensor(float(total_weight), device=runner.model.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # NCCL has a thread that asks the card whether transfers are done; those calls do not spoil a recording
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        mode = "thread_local" if several else "global"
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             forward_backward(runner.model, batch, self._total_weight, runner.loss_and_correct_2)
 
     def replay(self, batch: Batch, total_weight: float) -> None:

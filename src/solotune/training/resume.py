@@ -46,7 +46,7 @@ from solotune.training.find_run import planned_micro_batch, refuse_other_config,
 Class = Literal["frozen", "inexact", "free"]
 
 _FREE_SECTIONS = ("run", "evaluation")
-_COMPARED_BY_CONTENT = {
+COMPARED_BY_CONTENT = {
     "model_name_or_path", "model_revision", "dataset", "dataset_config", "dataset_revision", "dataset_split",
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
@@ -62,7 +62,7 @@ def class_of(key: str) -> Class:
     """The class of a config key: what happens if it changes between checkpoint and resume."""
     if key in _INEXACT:
         return "inexact"
-    if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key in _SAME_BITS:
+    if key in COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key in _SAME_BITS:
         return "free"
     return "frozen"
 
@@ -278,6 +278,7 @@ def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
     return {
         "config": kept,
+        "world_size": config.ranks,
         "base": base_fingerprint(model_files),
         "train_rows": rows["train"],
         "validation_rows": rows["validation"],
@@ -313,7 +314,9 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
     _check_recorded(then, where)
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
-    if set(changed) & set(MICRO_BATCH) and rows_per_step(old) == rows_per_step(new):
+    had, ranks = then.get("world_size", 1), now["world_size"]
+    _check_rows_of_step(rows_per_step(old, had), new, ranks, had, where)
+    if set(changed) & set(MICRO_BATCH) and rows_per_step(old, had) == rows_per_step(new, ranks):
         inexact = [key for key in changed if CLASSES[key] == "inexact" or key in MICRO_BATCH]
     else:
         inexact = [key for key in changed if CLASSES[key] == "inexact"]
@@ -338,12 +341,32 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
             seen=ours, allowed=theirs, change=f"pip install bitsandbytes=={theirs}, or start a new run",
         )  # fmt: skip
     reasons = [f"{key} was {old.get(key)}, is {new[key]}" for key in inexact]
+    if had != ranks:
+        reasons.append(f"the number of ranks was {had}, is {ranks}: sums are rounded in another order")
     pairs = [(name, then["software"].get(name), has) for name, has in now["software"].items()]
     reasons += [f"{name} was {had}, is {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
                 if had != has]  # fmt: skip
     if then["validation_rows"] != now["validation_rows"]:
         reasons.append("the held-out rows have changed, so held-out losses are not comparable")
     return reasons
+
+
+def _check_rows_of_step(then: int | None, new: dict[str, Any], ranks: int, had: int, where: str) -> None:
+    """Raises:
+    IntegrityError: on another number of ranks, a step would have other rows, and the rest of the epoch too.
+    """
+    if had == ranks or then == rows_per_step(new, ranks):
+        return
+    micro = new["per_device_train_batch_size"] * ranks
+    fits = then is not None and then % micro == 0
+    raise IntegrityError(
+        f"{where}: it was trained on {had} ranks, so a step of {ranks} has other rows than before",
+        seen=f"{rows_per_step(new, ranks)} rows in a step: per_device_train_batch_size x gradient_accumulation_steps "
+        f"x {ranks} ranks",
+        allowed=f"{then} rows in a step",
+        change=(f"gradient_accumulation_steps: {then // micro}" if then is not None and fits else
+                f"settings of these two that make {then} rows") + f", or continue on {had} ranks",
+    )  # fmt: skip
 
 
 def _cpu(machine: Machine) -> str:

@@ -33,7 +33,8 @@ def recorded(run: RunDirectory) -> RunConfig:
     """
     path = run.path / "config.yaml"
     try:
-        return load_config(path)
+        ranks = json_of(run.path / "environment.json").get("world_size")
+        return load_config(path).on_ranks(ranks if type(ranks) is int and ranks > 1 else 1)
     except InputError as error:
         made_by = json_of(run.path / "environment.json").get("solotune")
         raise InputError(

@@ -40,12 +40,14 @@ from solotune.units import gib
 
 def settings_of(config: RunConfig) -> Settings:
     """All keys of a config with their sources, and fixed settings of solotune that have no key."""
-    fixed = {
+    fixed: dict[str, Any] = {
         "tool": "solotune",
         "adapter_dtype": "float32",
         "load_in_4bit": config.base_precision == "nf4",
         "bnb_4bit_compute_dtype": config.bnb_4bit_compute_dtype or ("bfloat16" if config.bf16 else "float32"),
     }
+    if config.ranks > 1:
+        fixed["world_size"] = config.ranks
     sources = {key: config.source_of(key) for key in RunConfig.model_fields}
     return Settings({**config.model_dump(), **fixed}, sources=sources)
 
