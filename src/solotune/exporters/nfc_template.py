@@ -291,7 +291,7 @@ def _chained(name: str, filters: list[str]) -> list[str]:
 def _gate(characters: Sequence[str]) -> str:
     """Takes these characters out of `now.rest`, and others of blocks that have many of them."""
     found: dict[str, None] = {}
-    leads: set[str] = set()
+    leads: set[bytes] = set()
     for size, block in _blocks(set(characters)):
         if block[0].encode()[0] in WHOLE:
             cut = WHOLE[block[0].encode()[0]]
