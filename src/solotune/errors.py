@@ -9,6 +9,7 @@
     ├── DeviceError             7  out of memory, lost
     ├── StorageError            8  disk full, read-only, quota
     ├── HangError               9  never raised: the watchdog ends the process
+    ├── RankError               1  another rank of a run on several GPUs ended; with the code of that rank
     └── InterruptedRunError     128 + signal: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM
 
 The table is printed in the docs and tested: shell scripts and schedulers rely on these numbers, so a code never changes

@@ -75,7 +75,8 @@ def test_scores_of_answers_and_whose_file_is_run(
     del trained["scores"]["length"]
     assert again == trained
     (tmp_path / "run/report.html").unlink()
-    hint = display.notes[-1].partition("To measure them: ")[2].removeprefix(program())
+    note = next(note for note in display.notes if "To measure them: " in note)
+    hint = note.partition("To measure them: ")[2].removeprefix(program())
     monkeypatch.setattr(standard_tasks, "load_tasks", lambda asked: asked)
     monkeypatch.setattr(standard_tasks, "run_tasks", run_tasks)
     tasks = ["--tasks", "answer,kind", "--include_path", str(tmp_path), "--limit", "9", "--num_fewshot", "2"]

@@ -123,11 +123,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(family, tiny_config, shape_of
     "family",
     [
         "llama",
-        "gemma3",  # norms before and after, sliding windows
-        "neox",  # attention and MLP in parallel
         *(
-            pytest.param(family, marks=pytest.mark.slow)
-            for family in ("qwen3", "gpt2", "phi", "cohere", "granite", "opt")
+            pytest.param(family, marks=pytest.mark.slow)  # gemma3: norms before and after; neox: MLP beside attention
+            for family in ("gemma3", "neox", "qwen3", "gpt2", "phi", "cohere", "granite", "opt")
         ),
     ],
 )
@@ -151,6 +149,7 @@ def test_a_compiled_llama_layer_keeps_matmul_outputs_attention_and_its_norms_sca
     assert kept.per_token == 4 * (values + scales)
 
 
+@pytest.mark.slow
 def test_fp8_layers_are_looked_at_as_a_gpu_multiplies_them(tiny_config):
     plain = model_shape(tiny_config("llama", torch_compile=True, bf16=True, base_precision="bf16")).layers[0]
     fp8 = model_shape(tiny_config("llama", torch_compile=True, bf16=True, base_precision="fp8")).layers[0]

@@ -65,11 +65,11 @@ def _refusal(error: int, num_bytes: int) -> DeviceError:
     if error in UNSUPPORTED:
         problem, change = "this system does not pin host memory for the GPU", "base_offload: false"
     elif "microsoft" in platform.release():
-        problem = "WSL does not pin enough host memory for the frozen weights"
+        problem = "WSL does not pin enough host memory"
         change = f"raise the memory of WSL (memory= in .wslconfig; it pins a part of it), or {fewer}"
     elif error in NO_MEMORY:
-        problem = "the system does not pin enough host memory for the frozen weights"
+        problem = "the system does not pin enough host memory"
         change = f"free host memory, raise the memory limit of the container, or {fewer}"
     else:
-        problem, change = "host memory cannot be pinned for the frozen weights", fewer
-    return DeviceError(f"base_offload: {problem}", seen=seen, change=change)
+        problem, change = "host memory cannot be pinned", fewer
+    return DeviceError(f"base_offload, activation_offload: {problem}", seen=seen, change=change)
