@@ -172,7 +172,7 @@ def plan(
     \b
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
-      solotune plan solotune.yaml --gpu 4090 --host-memory 64GiB
+      solotune plan solotune.yaml --gpu l4 --host-memory 64GiB
     """
     with shown() as display:
         from solotune.api.plan import plan
