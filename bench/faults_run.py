@@ -135,7 +135,7 @@ class Workload:
             time.perf_counter = lambda: float(next(counter))
             loop.peak_bytes = lambda device: 1  # type: ignore[assignment]
 
-            def prepared(config: Any, resume: bool, display: Display) -> Any:
+            def prepared(config: Any, resume: bool, display: Display, world: Any) -> Any:
                 if not resume:
                     RunDirectory.refuse_occupied(config.output_dir)
                 recorded_day(

@@ -113,19 +113,20 @@ def markdown(result: dict[str, Any]) -> str:
         ]
     ]
     for into, one in result["merges"].items():
-        times = f"{one['seconds'] / plain['seconds']:.1f}"
         rows.append(
             [
                 f"merged into {into}",
                 f"{one['bytes'] / 1e9:.1f} GB",
                 f"{one['seconds']:.0f} s",
-                times,
+                f"{one['x_a_copy']:.2f}",
                 f"{one['peak_gib']:.1f} GiB",
             ]
         )
     lines += [table(["", "written", "time", "x a copy", "peak memory"], rows), ""]
     largest = max(one["largest_shard"] for one in result["merges"].values())
-    return "\n".join([*lines, f"The largest shard has {largest / 2**30:.1f} GiB."]) + "\n"
+    threads = " and ".join(str(one["threads"]) for one in result["merges"].values())
+    lines += [f"The largest shard has {largest / 2**30:.1f} GiB. Threads of torch: {threads}."]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -143,14 +144,16 @@ def main() -> int:
                 while file.read(READ_BYTES):
                     pass
         result: dict[str, Any] = {"copy": alone(copy, args.model, Path(folder) / "copy"), "merges": {}}
+        result["machine"] = machine("torch", "bitsandbytes")
         shutil.rmtree(Path(folder) / "copy")
+        print(json.dumps({"copy": result["copy"]}), flush=True)
         for into in args.into:
-            result["merges"][into] = alone(merge, args.model, Path(folder) / into, into)
+            one = alone(merge, args.model, Path(folder) / into, into)
+            result["merges"][into] = {**one, "x_a_copy": one["seconds"] / result["copy"]["seconds"]}
             shutil.rmtree(Path(folder) / into)
             print(json.dumps({into: result["merges"][into]}), flush=True)
-    result["machine"] = machine("torch", "bitsandbytes")
-    write_result(args.name, result)
-    (RESULTS / f"{args.name}.md").write_text(markdown(result))
+            write_result(args.name, result)  # what is measured stays, if the next one is stopped
+            (RESULTS / f"{args.name}.md").write_text(markdown(result))
     print(markdown(result))
     return 0
 

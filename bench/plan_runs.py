@@ -1,15 +1,18 @@
 """Predicted and measured peak memory and step time of many configs, on this machine's GPU.
 
-    python -m bench.plan_runs [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
+    python -m bench.plan_runs [--set resident|streamed|70B] [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
 
-Each case is a model's shape, the walkthrough's config with overrides, and full rows of random tokens. Settling, plan,
-model, optimizer and step are the product's own; only the weights are made on the GPU and the rows in memory, instead of
-being read from files (`bench.recipe_step` measures a whole run). Two passes:
+Each case (`bench.plan_cases`) is a model's shape, the walkthrough's config with overrides, and full rows of random
+tokens. Settling, plan, model, optimizer and step are the product's own; only the weights are made on the GPU and the
+rows in memory, instead of being read from files (`bench.recipe_step` measures a whole run). Passes:
 
+0. alone: the speed of the link to the GPU;
 1. in parallel: the plan of each case, and two steps of the same model with one layer, which fills the compiler's cache;
 2. one process a model, one case after another, alone on the GPU: load, `--steps` steps, peak and median.
 
-Writes `plan_runs.jsonl` (a line a case) and `plan_runs.md` (a table, and median and worst errors) into FOLDER.
+Writes `plan_runs.jsonl` (a line a case) and `plan_runs.md` (a table, and median and worst errors) into FOLDER, both as
+far as they are known after each case. On one H200 with 16 cores the set `streamed` should take 7 minutes, of which 1.5
+are the plans (8 to 25 s a case of 8B: 4 to 18 loading, 3 to 5 compiling from the cache); `70B` 6 minutes.
 """
 
 from __future__ import annotations
@@ -24,124 +27,64 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from bench.plan_cases import CASES, MODELS, SETS, Case
+from solotune.config.settings import MICRO_BATCH
 from solotune.training.optimizer import make_optimizer
 
 RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
-ALL = "lora_target_modules=all-linear"
-KEEP, REDO = "gradient_checkpointing=false", "gradient_checkpointing=true"
-CODES, MIRROR = "base_residency=quantized", "base_residency=dequantized"
-BF16, FP8 = "base_precision=bf16", "base_precision=fp8"
-
-
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, **more: Any):
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocab}
-    attention = {"num_attention_heads": heads, "num_key_value_heads": kv, "max_position_embeddings": 131072}
-    names = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2}
-    return {**names, **sizes, **attention, "tie_word_embeddings": tied, **more}
-
-
-QWEN2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
-MODELS: dict[str, dict[str, Any]] = {
-    "135M": _llama(576, 1536, 30, 9, 3, 49152, True),
-    "0.5B": _llama(896, 4864, 24, 14, 2, 151936, True, **QWEN2),
-    "1B": _llama(2048, 8192, 16, 32, 8, 128256, True, head_dim=64),
-    "1.7B": _llama(2048, 6144, 28, 16, 8, 151936, True, **QWEN3),
-    "3B": _llama(3072, 8192, 28, 24, 8, 128256, True, head_dim=128),
-    "8B": _llama(4096, 14336, 32, 32, 8, 128256, False, head_dim=128),
-}
-
-
-class Case(NamedTuple):
-    model: str
-    rows: int
-    tokens: int
-    overrides: tuple[str, ...]
-    learned: float = 1.0  # share of each row's tokens, at its end
-
-    @property
-    def name(self) -> str:
-        words = (f"{self.rows}x{self.tokens}", *self.overrides, *([f"learned={self.learned}"] * (self.learned < 1)))
-        return f"{self.model} {' '.join(words)}"
-
-
-def _cases() -> Iterator[Case]:
-    def of(model: str, shape: str, *overrides: str, learned: float = 1.0) -> Case:
-        rows, tokens = map(int, shape.split("x"))
-        return Case(model, rows, tokens, overrides, learned)
-
-    yield of("135M", "8x512", KEEP, MIRROR, ALL)
-    yield of("135M", "4x2048", KEEP, BF16, ALL)
-    yield of("135M", "1x8192", KEEP, BF16)
-    yield of("135M", "16x2048", REDO, CODES, ALL)
-    yield of("135M", "8x2048", KEEP, BF16, ALL, "lora_r=64")
-    yield of("135M", "4x1024", KEEP, BF16, "torch_compile=false")
-    yield of("0.5B", "4x2048", KEEP, MIRROR)
-    yield of("0.5B", "8x2048", KEEP, BF16, ALL)
-    yield of("0.5B", "2x4096", KEEP, FP8, ALL)
-    yield of("0.5B", "16x512", REDO, CODES, learned=0.3)
-    yield of("1B", "4x2048", KEEP, MIRROR)
-    yield of("1B", "8x2048", KEEP, FP8, ALL)
-    yield of("1B", "1x16384", KEEP, BF16)
-    yield of("1B", "8x1024", CODES, ALL, "lora_r=64", "gradient_checkpointing=8")
-    yield of("1.7B", "4x2048", KEEP, MIRROR)
-    yield of("1.7B", "2x4096", REDO, BF16, ALL)
-    yield of("1.7B", "16x512", KEEP, FP8, learned=0.3)
-    yield of("3B", "4x2048", KEEP, CODES)
-    yield of("3B", "4x2048", KEEP, BF16, ALL)
-    yield of("3B", "1x8192", KEEP, FP8)
-    yield of("3B", "4x2048", "memory_budget=8GiB")
-    yield of("8B", "4x2048", REDO, CODES)
-    yield of("8B", "4x2048", KEEP, MIRROR)
-    yield of("8B", "4x2048", KEEP, MIRROR, ALL)
-    yield of("8B", "4x2048", KEEP, FP8)
-    yield of("8B", "4x2048", KEEP, FP8, ALL)
-    yield of("8B", "4x2048", "memory_budget=9.5GiB")
-    yield of("8B", "4x2048", "memory_budget=16GiB", ALL)
-    yield of("8B", "4x2048", "memory_budget=24GiB")
-    yield of("8B", "4x2048", "memory_budget=40GiB")
-    yield of("8B", "4x2048", "memory_budget=60GiB", BF16, ALL)
-    yield of("8B", "4x2048", "memory_budget=24GiB", FP8)
-    yield of("8B", "1x16384", "memory_budget=24GiB", ALL, "lora_r=32")
-    yield of("8B", "1x16384", KEEP, FP8)
-    yield of("8B", "16x512", KEEP, CODES, learned=0.3)
-    yield of("8B", "4x2048", REDO, CODES, "optim=adamw_torch", "lora_dropout=0.0")
-
-
-CASES = list(_cases())
+SETTLED = ("gradient_checkpointing", "base_residency", "base_precision", "base_offload", "activation_offload")
 
 
 def config_of(case: Case, folder: Path, layers: int | None = None) -> Any:
     """The case's config, on a folder that has config.json alone."""
     from solotune.config.load import load_config
+    from solotune.config.run_config import RunConfig
 
     path = folder / f"{case.model}-{layers or 'all'}"
     path.mkdir(exist_ok=True)
     sizes = {**MODELS[case.model], **({"num_hidden_layers": layers} if layers else {})}
     (path / "config.json").write_text(json.dumps({**sizes, "dtype": "bfloat16"}))
+    rows = [] if case.rows_are_open else ["gradient_accumulation_steps=2"]
     mine = [f"model_name_or_path={path}", f"per_device_train_batch_size={case.rows}", f"max_length={case.tokens}"]
-    defaults = ["gradient_checkpointing=auto", "gradient_accumulation_steps=2"]
-    return load_config(RECIPE, [*defaults, *mine, *case.overrides])
+    config = load_config(RECIPE, ["gradient_checkpointing=auto", *rows, *mine, *case.overrides])
+    if not case.rows_are_open:
+        return config
+    sources = {key: source for key, source in config.sources.items() if key not in MICRO_BATCH}
+    return RunConfig.validated(config.model_dump(), sources, config.name)
 
 
-def plan_of(case: Case, folder: Path) -> tuple[Any, Any]:
-    """(the plan, for this machine's card as if it were empty; the config settled for the machine)."""
-    from dataclasses import replace
+def plan_of(case: Case, folder: Path, shapes: Any, link: float | None) -> Any:
+    """The plan, for this machine's card as if it were empty.
 
+    Args:
+        shapes: as of `plan_inputs.shapes_of`; it keeps the shapes that several cases share.
+        link: bytes a second from host memory to the card; None: measured now.
+    """
     from solotune.hardware import machine as environment
-    from solotune.planning import plan_inputs, planner
+    from solotune.planning import plan_inputs
 
     machine = environment.probe()
     machine = replace(machine, gpu_free_bytes=machine.gpu_bytes)  # the others that warm up are gone by then
     config, _ = environment.resolve_for_machine(config_of(case, folder), machine)
     card, free = plan_inputs.card_here(machine, config.use_cpu)
-    work = replace(planner.full_rows(config.batches), supervised_share=case.learned)
-    return planner.make_plan(config, plan_inputs.shapes_of(), card, work, free), config
+    card = card if link is None else replace(card, link_bytes=link)
+    return plan_on(card, config, case, shapes, free, machine.ram_free_bytes)
+
+
+def plan_on(card: Any, config: Any, case: Case, shapes: Any, free: int | None, host: int | None) -> Any:
+    """The plan of a case's config on a card: full rows, of which the case's share is learned."""
+    from solotune.planning import planner
+
+    def work(config: Any) -> Any:
+        return replace(planner.full_rows(config.batches), supervised_share=case.learned)
+
+    return planner.make_plan(config, shapes, card, work(config), free, host_free_bytes=host, workloads=work)
 
 
 def settled_config(case: Case, folder: Path, knobs: dict[str, Any], layers: int | None = None) -> Any:
@@ -210,7 +153,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     optimizer = make_optimizer(config.optimizer, [model.flat_params])
     model.module.train()
-    size, accumulation = case.rows, config.gradient_accumulation_steps
+    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     rows = random_rows(case, size * accumulation)
     runner, seconds = MicroBatchRunner(model, config.takes_graphs), []
     for step in range(steps):
@@ -230,14 +173,16 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "loaded_bytes": loaded_bytes,
         "between_steps_bytes": torch.cuda.memory_allocated(),
+        "host_bytes": sum(getattr(part, "num_bytes_on_host", 0) for part in vars(model).values()),
     }
 
 
-def predict(case: Case, folder: Path) -> dict[str, Any]:
+def predict(case: Case, folder: Path, shapes: Any) -> dict[str, Any]:
     """First pass of a case: its plan; and the compiler's cache filled by two steps of one layer."""
-    plan, _ = plan_of(case, folder)
-    keys = ("gradient_checkpointing", "base_residency", "base_precision", "activation_offload")
-    found = {"case": case.name, "predicted": plan.to_json(), "settled": {k: getattr(plan.resolved, k) for k in keys}}
+    link = json.loads((folder / "link.json").read_text())
+    plan = plan_of(case, folder, shapes, link)
+    settled = {key: getattr(plan.resolved, key) for key in (*SETTLED, *MICRO_BATCH)}
+    found = {"case": case.name, "predicted": plan.to_json(), "settled": settled}
     if plan.resolved.torch_compile:
         make_weights_here()
         depth = MODELS[case.model]["num_hidden_layers"]
@@ -253,13 +198,15 @@ def measure(cases: Iterable[Case], folder: Path, steps: int) -> Iterator[dict[st
     """Second pass: the cases of one model, in this process."""
     import torch
 
+    from solotune.errors import DeviceError
+
     make_weights_here()
     for case in cases:
         before = json.loads((folder / f"{CASES.index(case)}.json").read_text())
         config = settled_config(case, folder, before["settled"])
         try:
             yield {**before, "measured": run(case, config, steps)}
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, DeviceError) as error:
             yield {**before, "error": str(error).split("\n")[0]}
 
 
@@ -295,7 +242,18 @@ def summary(results: list[dict[str, Any]]) -> str:
             f"{len(found)} runs. Peak: median error {median[0]}, worst {worst[0]}, most under {min(peaks):+.1%}.",
         ]
         lines.append(f"Step: median error {median[1]}, worst {worst[1]}.")
+        lines += _host_memory(results)
     return "\n".join(lines) + "\n"
+
+
+def _host_memory(results: list[dict[str, Any]]) -> list[str]:
+    """The worst error of pinned memory: streamed layers and offloaded inputs, without the embedding."""
+    errors = []
+    for result in results:
+        if pinned := result.get("measured", {}).get("host_bytes"):
+            planned = result["predicted"]["host_by_category"]
+            errors.append((planned["layers"] + planned["activations"]) / pinned - 1)
+    return [f"Pinned host memory: worst error {max(map(abs, errors)):.1%} of {len(errors)} runs."] if errors else []
 
 
 def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[str]:
@@ -311,48 +269,77 @@ def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[
             print(f"case {numbers}: {errors.read().strip()[-1500:]}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def _batches(numbers: list[int], workers: int) -> list[list[int]]:
+    """Cases that share a process of the first pass: of one shape, so that it is computed once, and few."""
+    groups: dict[Any, list[int]] = {}
+    for number in numbers:
+        case = CASES[number]
+        of_shape = [word for word in case.overrides if word.startswith(("lora_", "base_precision=", "torch_compile="))]
+        groups.setdefault((case.model, *sorted(of_shape)), []).append(number)
+    size = -(-len(numbers) // workers)
+    return [group[at : at + size] for group in groups.values() for at in range(0, len(group), size)]
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=SETS, default="resident")
     parser.add_argument("--only", nargs="*", default=[""], help="only cases with one of these texts in their names")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--child", choices=["predict", "measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["link", "predict", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("numbers", nargs="*", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child == "predict":
+    return parser.parse_args()
+
+
+def _in_child(args: argparse.Namespace) -> None:
+    """A process of one of the passes."""
+    if args.child == "link":
+        from solotune.hardware import link
+
+        (args.folder / "link.json").write_text(json.dumps(link.host_to_device_bytes_per_second()))
+    elif args.child == "predict":
+        from solotune.planning import plan_inputs
+
+        shapes = plan_inputs.shapes_of()
         for number in args.numbers:
-            (args.folder / f"{number}.json").write_text(json.dumps(predict(CASES[number], args.folder)))
-        return
-    if args.child == "measure":
+            (args.folder / f"{number}.json").write_text(json.dumps(predict(CASES[number], args.folder, shapes)))
+    else:
         for result in measure([CASES[number] for number in args.numbers], args.folder, args.steps):
             print(json.dumps(result), flush=True)
-        return
-    chosen = [i for i, case in enumerate(CASES) if any(text in case.name for text in args.only)]
+
+
+def main() -> None:
+    args = _arguments()
+    if args.child:
+        return _in_child(args)
+    chosen = [i for i, c in enumerate(CASES) if c in SETS[args.set] and any(text in c.name for text in args.only)]
     if args.list:
         print("\n".join(CASES[number].name for number in chosen))
         return
     folder = Path(tempfile.mkdtemp(prefix="plan-runs-"))
     started = time.perf_counter()
+    list(_child("link", [], folder, args.steps))
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda number: list(_child("predict", [number], folder, args.steps)), chosen))
+        list(pool.map(lambda some: list(_child("predict", some, folder, args.steps)), _batches(chosen, args.workers)))
     print(f"planned and compiled in {time.perf_counter() - started:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     with open(args.out / "plan_runs.jsonl", "w", encoding="utf-8") as file:
-        for model in dict.fromkeys(CASES[number].model for number in reversed(chosen)):
+        for model in reversed(MODELS):
             ready = [n for n in chosen if CASES[n].model == model and (folder / f"{n}.json").is_file()]
-            for line in _child("measure", ready, folder, args.steps) if ready else ():
+            if not ready:
+                continue
+            for line in _child("measure", ready, folder, args.steps):
                 if line.startswith("{"):
                     results.append(json.loads(line))
                     file.write(line)
                     file.flush()
+                    (args.out / "plan_runs.md").write_text(summary(results), encoding="utf-8")
             print(f"{model} measured after {time.perf_counter() - started:.0f} s", flush=True)
-    text = summary(results)
-    (args.out / "plan_runs.md").write_text(text, encoding="utf-8")
-    print(text)
+    print(summary(results))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from solotune.config.describe import allowed_values, field_help, section_of
 from solotune.config.foreign_keys import CONVERTED
 from solotune.config.key_aliases import FOREIGN_KEYS, NOT_HERE, REFUSED_KEYS
 from solotune.config.run_config import SECTIONS, RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.config.translate import translated
 from solotune.config.write import yaml_value
 from solotune.config.yaml_reader import read_mapping
@@ -39,11 +40,13 @@ from solotune.diagnosis.catalogue import EQUIVALENT, EXPLAINS, FAULTS, SUSPECTS
 from solotune.diagnosis.explanation import explained, faults_of
 from solotune.diagnosis.rules import rules
 from solotune.errors import EXIT_CODES, InterruptedRunError, SolotuneError
-from solotune.training.resume import BATCH, CLASSES
+from solotune.training.resume import CLASSES
 
 HERE = Path(__file__).parent
 RESUMED = {
-    "frozen": f"refused (exit code 5), but `{BATCH[0]}` and `{BATCH[1]}` may change if their product stays the same",
+    "frozen": "refused (exit code 5), but `{}` and `{}` may change if their product stays the same".format(
+        *MICRO_BATCH
+    ),
     "inexact": "continues, and log and metrics.jsonl say that it is not exact; so for another version or device",
     "free": "free; base and rows are compared by their content, not by their location",
 }

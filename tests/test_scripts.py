@@ -19,7 +19,9 @@ SCRIPTS = [
     "scripts/test_export",
     "scripts/test_browser",
     "scripts/test_slow",
+    "scripts/test_ranks",
     "scripts/test_trackers",
+    "scripts/test_lm_eval",
     "scripts/check",
     "scripts/check_sdist",
     "scripts/docs",
@@ -47,7 +49,7 @@ def test_script_can_be_run(script: str) -> None:
     assert (ROOT / script).read_text(encoding="utf-8").startswith("#!/bin/sh\n")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "scripts/env.sh"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "scripts/env.sh", "scripts/own_env.sh"])
 def test_script_is_valid_sh(script: str) -> None:
     result = subprocess.run(["sh", "-n", ROOT / script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
@@ -94,7 +96,7 @@ def test_what_is_wrong_with_a_wheel_is_named(tmp_path: Path) -> None:
     fields = [f"Summary: {project['description']}", f"License-Expression: {project['license']}", *extras, *pythons]
     head = "\n".join([*fields, "Description-Content-Type: text/markdown"])
     readme = f"{head}\n\n# solotune\nsee docs/config.md, [a page](https://example.org), solotune[sentencepiece], solotune[serve]\n"
-    readme += "".join(f"solotune[{name}]\n" for name in ("tensorboard", "wandb", "mlflow", "trackio"))
+    readme += "".join(f"solotune[{name}]\n" for name in ("tensorboard", "wandb", "mlflow", "trackio", "lm-eval"))
     command = "[console_scripts]\nsolotune = solotune.cli:main\n"
 
     def found(metadata: str, *left_out: str, **more: str) -> list[str]:

@@ -224,10 +224,15 @@ def summed_losses(recipe: Recipe, rng: random.Random) -> None:
 @fault("F74")
 def mean_of_means(recipe: Recipe, rng: random.Random) -> None:
     """Each micro-batch counts alike, however few labels it has."""
+    unequal_answers(recipe, rng)
+    recipe.batch, recipe.accumulation, recipe.normalise = 1, 8, "means"
+    recipe.set(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+
+
+def unequal_answers(recipe: Recipe, rng: random.Random) -> None:
+    """Two thirds of the answers are one word, the others longer than before."""
     for number, chat in enumerate(recipe.chats + recipe.held_out):
         if number % 3:
             chat[-1]["content"] = rng.choice(chat[-1]["content"].split(" ")[1:])
         else:
             chat[-1]["content"] += " " + recipe.base.world.text(rng)
-    recipe.batch, recipe.accumulation, recipe.normalise = 1, 8, "means"
-    recipe.set(per_device_train_batch_size=1, gradient_accumulation_steps=8)

@@ -13,7 +13,7 @@ import math
 import random
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Outcome:
     """None where it crashed before it saved anything."""
     merged: torch.nn.Module | None = None
     finished: bool = False
+    of_ranks: dict[int, Outcome] = field(default_factory=dict)
+    """The other ranks' outcomes, where they were gathered."""
 
 
 def render(recipe: Recipe, chats: list, mask: str) -> list[Row]:
@@ -141,7 +143,7 @@ def micro_batches(recipe: Recipe, rows: list[Row]) -> Iterator[Batch]:
 
 def build(recipe: Recipe) -> torch.nn.Module:
     """The model with its adapters, as it is before the first step; the same at every call."""
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed + recipe.rank * recipe.seed_of_rank)
     model = recipe.base.model()
     model.config.use_cache = False
     for prepare in recipe.prepare:
@@ -206,6 +208,26 @@ def one_step(recipe: Recipe, model: Any, batches: list[Batch], step: int) -> flo
     return logged
 
 
+def step_of_ranks(recipe: Recipe, model: Any, of_ranks: list[list[Batch]], step: int) -> float:
+    """Forward and backward of one step of several ranks: the gradients of `recipe.rank`, and the mean of all losses."""
+    counts = [sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches) for batches in of_ranks]
+    size, total = len(of_ranks), max(sum(counts), 1)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    logged, gradients = 0.0, []
+    for batches, count in zip(of_ranks, counts, strict=True):
+        model.zero_grad(set_to_none=True)
+        factor = {"all": count * size / total, "own": 1.0, "all and ranks": count / total}[recipe.divides_by]
+        logged += one_step(recipe, model, batches, step) * factor / size
+        gradients.append({name: p.grad * factor for name, p in parameters.items() if p.grad is not None})
+    for place, (name, parameter) in enumerate(parameters.items()):
+        found = [gradient[name] for gradient in gradients if name in gradient]
+        alone = recipe.exchange == "none" or (recipe.exchange == "half" and place >= len(parameters) / 2)
+        if len(found) == size:
+            whole = torch.stack(found).sum(0)
+            parameter.grad = found[recipe.rank] if alone else whole if recipe.exchange == "sum" else whole / size
+    return logged
+
+
 def train(recipe: Recipe) -> Outcome:
     """Runs the training to its end or to its crash."""
     torch.manual_seed(recipe.seed)
@@ -218,6 +240,9 @@ def train(recipe: Recipe) -> Outcome:
         return outcome
     try:
         _run(recipe, outcome)
+        for rank in range(1, recipe.ranks if recipe.gathers else 1):
+            outcome.of_ranks[rank] = Outcome(rows, [])
+            _run(replace(recipe, rank=rank), outcome.of_ranks[rank])
     except (RuntimeError, IndexError, ValueError) as error:  # what a user would see
         outcome.errors.append("".join(traceback.format_exception(error)))
     return outcome
@@ -238,11 +263,15 @@ def _run(recipe: Recipe, outcome: Outcome) -> None:
             optimizer = make_optimizer(recipe, parameters) if "optimizer" in lost else optimizer
             begin_of_schedule = step if "schedule" in lost else begin_of_schedule
             source = micro_batches(recipe, outcome.rows) if "order" in lost else source
+            if recipe.ranks_after is not None:  # the position is counted in steps of the new size
+                recipe = replace(recipe, ranks=recipe.ranks_after)
+                source = micro_batches(recipe, outcome.rows)
+                _take(source, step * recipe.accumulation * recipe.ranks)
         rate = rate_at(recipe, step - begin_of_schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
         with recipe.crash(step) if recipe.crash else contextlib.nullcontext():
-            loss = one_step(recipe, model, [next(source) for _ in range(recipe.accumulation)], step)
+            loss = _step(recipe, model, _take(source, recipe.accumulation * recipe.ranks), step)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)) if parameters else 0.0
             if math.isfinite(norm) or not recipe.hides_nan:
                 optimizer.step()
@@ -257,6 +286,8 @@ def _run(recipe: Recipe, outcome: Outcome) -> None:
                 "epoch": (step + 1) / recipe.epoch_steps,
             }
         )
+        if recipe.gathers:
+            outcome.log[-1]["adapter_norm"] = float(torch.stack([p.detach().norm() for p in parameters]).norm())
         if outcome.held_out and recipe.evaluates and (step + 1) % max(recipe.steps // recipe.evaluates, 1) == 0:
             outcome.evaluations.append((step + 1, evaluate(recipe, model, outcome.held_out)))
     outcome.finished = last == recipe.steps
@@ -264,6 +295,16 @@ def _run(recipe: Recipe, outcome: Outcome) -> None:
         _save(recipe, outcome, model)
     if recipe.merged is not None:
         outcome.merged = recipe.merged(model)
+
+
+def _step(recipe: Recipe, model: Any, batches: list[Batch], step: int) -> float:
+    if recipe.ranks == 1:
+        return one_step(recipe, model, batches, step)
+    return step_of_ranks(recipe, model, [batches[rank :: recipe.ranks] for rank in range(recipe.ranks)], step)
+
+
+def _take(source: Iterator[Batch], count: int) -> list[Batch]:
+    return [next(source) for _ in range(count)]
 
 
 def _save(recipe: Recipe, outcome: Outcome, model: torch.nn.Module) -> None:

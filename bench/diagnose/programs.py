@@ -25,6 +25,7 @@ from bench.diagnose import (
     ours_faults,
     ours_faults_run,
     ours_healthy,
+    ranks,
     real_configs,
     templated_configs,
     trl_faults,
@@ -38,7 +39,7 @@ from bench.diagnose.recipe import Recipe, clean
 from bench.diagnose.registry import FAULTS, HEALTHY, Injection
 
 REGISTERED = (faults_batch, faults_machine, faults_text, faults_training, healthy, ours_faults, ours_faults_run,
-              ours_healthy, trl_faults, trl_faults_saved, trl_healthy)  # fmt: skip
+              ours_healthy, ranks, trl_faults, trl_faults_saved, trl_healthy)  # fmt: skip
 NOT_INJECTED: dict[str, str] = {}
 """Code -> why there is no program for it."""
 

@@ -84,6 +84,19 @@ class Recipe:
     batch: int = 8
     accumulation: int = 1
     normalise: Literal["tokens", "none", "means"] = "tokens"
+    ranks: int = 1
+    """Processes of a run on several GPUs; each takes `batch` rows of every step."""
+    rank: int = 0
+    """The one whose adapter is trained here."""
+    exchange: Literal["average", "sum", "none", "half"] = "average"
+    """What the ranks do with their gradients; half: of half of the tensors."""
+    divides_by: Literal["all", "own", "all and ranks"] = "all"
+    """The tokens that a rank divides its loss by, if gradients are averaged then."""
+    seed_of_rank: bool = False
+    gathers: bool = False
+    """Whether the adapters and logs of all ranks are at hand."""
+    ranks_after: int | None = None
+    """Ranks after the seam."""
     shuffles: bool = True
     copies: int = 1
     """How often each row comes in one epoch."""
@@ -117,7 +130,7 @@ class Recipe:
     @property
     def epoch_steps(self) -> float:
         """Optimizer steps of one epoch as planned."""
-        return max(len(self.chats) / (self.batch * self.accumulation), 1e-9)
+        return max(len(self.chats) / (self.batch * self.accumulation * self.ranks), 1e-9)
 
 
 LINEARS = {

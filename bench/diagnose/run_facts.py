@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.diagnose.loop import Outcome, build, default_loss, evaluate, make_optimizer, one_step
+from bench.diagnose.loop import (
+    Outcome,
+    build,
+    default_loss,
+    evaluate,
+    make_optimizer,
+    one_step,
+    step_of_ranks,
+)
 from bench.diagnose.recipe import Recipe, Row
 from bench.diagnose.worlds import Chat
 from solotune.config.run_config import RunConfig
@@ -21,7 +29,7 @@ from solotune.dataset.data_report import DataReport
 from solotune.dataset.example import Example
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.rules import judge
-from solotune.diagnosis.run_facts import LiveModel, RunFacts, Saved, Settings, Trace
+from solotune.diagnosis.run_facts import LiveModel, RankCheckpoint, Ranks, RunFacts, Saved, Settings, Trace
 from solotune.errors import SolotuneError
 
 NOT_HERE = "the base model is not on this machine"
@@ -47,6 +55,7 @@ def run_facts_of(recipe: Recipe, outcome: Outcome) -> RunFacts:
         findings=(_findings(recipe, train, validation) or None) if recipe.has_live else None,
         trace=None if recipe.is_static else _trace(recipe, outcome),
         saved=_saved(recipe, outcome),
+        ranks=_ranks(recipe, outcome),
         live=_live(recipe, outcome) if recipe.has_live and outcome.batches else None,
         batches=outcome.batches if recipe.has_live else (),
         environment=recipe.environment,
@@ -126,7 +135,24 @@ def _saved(recipe: Recipe, outcome: Outcome) -> Saved | None:
     )
 
 
+def _ranks(recipe: Recipe, outcome: Outcome) -> Ranks | None:
+    """Adapters and logs of all ranks where they were gathered, and the checkpoints of a run that was resumed."""
+    checkpoints, adapters = [], {}
+    if recipe.ranks_after is not None and recipe.seam is not None:
+        for step, ranks in ((recipe.seam[0], recipe.ranks), (len(outcome.log), recipe.ranks_after)):
+            rows = recipe.batch * recipe.accumulation * ranks
+            checkpoints.append(RankCheckpoint(step, ranks, rows, step * rows / len(recipe.chats)))
+    outcomes = {0: outcome, **outcome.of_ranks} if outcome.of_ranks else {}
+    if recipe.gathers:
+        adapters = {rank: one.adapter for rank, one in outcomes.items() if one.adapter is not None}
+    found = Ranks(adapters, {rank: one.log for rank, one in outcomes.items()}, checkpoints)
+    return found if found.world_size > 1 else None
+
+
 def _live(recipe: Recipe, outcome: Outcome) -> Callable[[], LiveModel]:
+    def _exchanged(model: Any, of_ranks: Sequence[Sequence[Mapping[str, torch.Tensor]]]) -> float:
+        return step_of_ranks(recipe, model, [[dict(batch) for batch in batches] for batches in of_ranks], 0)
+
     @cache
     def load() -> LiveModel:
         model = build(recipe)
@@ -139,6 +165,7 @@ def _live(recipe: Recipe, outcome: Outcome) -> Callable[[], LiveModel]:
             evaluate=(lambda model: evaluate(recipe, model, outcome.held_out)) if outcome.held_out else None,
             generate=lambda text: _generate(recipe, model, text),
             backward=lambda model, batches: one_step(recipe, model, [dict(batch) for batch in batches], 0),
+            backward_of_ranks=_exchanged if recipe.ranks > 1 else None,
         )
 
     return load

@@ -9,6 +9,7 @@
     ├── DeviceError             7  out of memory, lost
     ├── StorageError            8  disk full, read-only, quota
     ├── HangError               9  never raised: the watchdog ends the process
+    ├── RankError               1  another rank of a run on several GPUs ended; with the code of that rank
     └── InterruptedRunError     128 + signal: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM
 
 The table is printed in the docs and tested: shell scripts and schedulers rely on these numbers, so a code never changes
@@ -208,6 +209,18 @@ class InterruptedRunError(SolotuneError):
         return [escape_terminal(self.in_sentences())]
 
 
+class RankError(SolotuneError):
+    """Another rank of a run on several GPUs has failed, died or hangs; with the exit code that this has."""
+
+    meaning = "another rank of the run has ended it"
+
+    def __init__(self, problem: str, exit_code: int, **parts: Any) -> None:
+        super().__init__(problem, **parts)
+        self.exit_code = exit_code
+        self.rank: int | None = None  # which; None: the connection to all is lost
+        self.traceback: str | None = None  # of a bug on that rank
+
+
 def program() -> str:
     """How this program is called from here: `solotune`, its path if that is not on PATH, or `python -m solotune`."""
     if shutil.which("solotune"):
@@ -224,7 +237,16 @@ def resume_command(run: object) -> str:
     have changed since."""
     if in_notebook():
         return f'solotune.train("{run}/config.yaml", output_dir="{run}", resume=True)'
-    return f"{program()} train {run}/config.yaml output_dir={run} --resume"
+    return f"{_launched_program()} train {run}/config.yaml output_dir={run} --resume"
+
+
+def _launched_program() -> str:
+    """How this program was started to train: by torchrun, if it was."""
+    ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
+    if not ranks.isdecimal() or int(ranks) < 2 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return program()
+    nodes = "" if ranks == here else f"--nnodes={int(ranks) // int(here or 1)} [...] "
+    return f"torchrun {nodes}--nproc-per-node={here} -m solotune"
 
 
 EXIT_CODES: dict[int, str] = {

@@ -147,7 +147,9 @@ def run(trained, chat_config, tmp_path):
 def test_training_leaves_a_diagnosis_and_the_verb_replaces_it(run, capsys):
     left = json.loads((run / "diagnosis.json").read_text())
     assert left["verdict"] in ("healthy", "undecided", "fault") and left["skipped"]
+    (run / "report.html").unlink()
     code = cli.main(["diagnose", str(run), "--json"])
+    assert (run / "report.html").exists()
     found = json.loads(capsys.readouterr().out)
     assert code == (3 if found["verdict"] == "fault" else 0)
     assert json.loads((run / "diagnosis.json").read_text()) == found

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,10 @@ from solotune.config.load import load_config
 from solotune.config.write import to_yaml
 from solotune.display.progress import SilentDisplay
 from solotune.errors import InputError, program
+from solotune.evaluation import standard_tasks
+from solotune.evaluation.standard_tasks import TaskRequest
+from solotune.evaluation.task_scores import TaskScore, score_tasks
+from tests.evaluation.task_files import logged
 from tests.messages import stable
 
 OWN = """import pathlib
@@ -39,7 +44,18 @@ def config(chat_config, tmp_path: Path):
     return {**chat_config, "metrics": [{"regex": r"it is (\d+)"}, {"python": "own.py:length"}], "metrics_rows": 8}
 
 
-def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+ASKED: list[tuple[TaskRequest, dict[str, Any]]] = []
+
+
+def run_tasks(asked: TaskRequest, model: Any, tokenizer: Any, **settings: Any) -> list[TaskScore]:
+    """Scores of the record: lm_eval is not in this environment."""
+    ASKED[:] = [(asked, settings)]
+    return score_tasks(*logged())
+
+
+def test_scores_of_answers_and_whose_file_is_run(
+    config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = solotune.train(config).evaluation.to_json()
     assert set(trained["scores"]) == {"exact_match", "regex", "length"}
     assert {name: score["rows"] for name, score in trained["scores"].items()} == {
@@ -58,11 +74,24 @@ def test_scores_of_answers_and_whose_file_is_run(config, tmp_path: Path, capsys:
     assert set(again["scores"]) == {"exact_match", "regex"}
     del trained["scores"]["length"]
     assert again == trained
-    hint = display.notes[-1].partition("To measure them: ")[2].removeprefix(program())
-    assert cli.main([*shlex.split(hint), "num_samples=1", "--json"]) == 0
+    (tmp_path / "run/report.html").unlink()
+    note = next(note for note in display.notes if "To measure them: " in note)
+    hint = note.partition("To measure them: ")[2].removeprefix(program())
+    monkeypatch.setattr(standard_tasks, "load_tasks", lambda asked: asked)
+    monkeypatch.setattr(standard_tasks, "run_tasks", run_tasks)
+    tasks = ["--tasks", "answer,kind", "--include_path", str(tmp_path), "--limit", "9", "--num_fewshot", "2"]
+    assert cli.main([*shlex.split(hint), "num_samples=1", "--json", *tasks]) == 0
+    assert "length" in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "was-run").exists()
-    printed = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
     assert set(printed["scores"]) == {"exact_match", "regex", "length"} and len(printed["samples"]) == 1
+    assert printed["tasks"][-1]["difference"] == pytest.approx(0.1702, abs=1e-4)  # bits_per_byte
+    assert printed["tasks"] == json.loads((tmp_path / "run/evaluation.json").read_text())["tasks"]
+    assert "--apply-chat-template asks them through the chat template" in captured.err
+    ((asked, settings),) = ASKED
+    assert asked == TaskRequest(["answer", "kind"], str(tmp_path), 9, 2)
+    assert settings["batch_size"] == 8 and settings["system_prompt"] is None and settings["stops"]
     with pytest.raises(InputError) as caught:
         solotune.evaluate("run", overrides=["seed=3"])
     assert stable(caught.value) == (

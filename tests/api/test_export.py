@@ -64,6 +64,7 @@ def test_adapter_and_merged_model_are_what_was_trained(exported: tuple[Path, Any
     written = json.loads((folder / "export/export.json").read_text())
     assert written["ok"] and [one["path"] for one in written["artifacts"]] == ["adapter", "merged"]
     assert str(folder) not in json.dumps(written["artifacts"])
+    assert 'id="export"' in (folder / "report.html").read_text()
     for table in (result._repr_html_(), repr(result)):
         assert "merged" in table
 

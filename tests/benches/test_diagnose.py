@@ -41,7 +41,7 @@ def run_facts(name: str, steps: int = 3) -> Any:
     return run_facts_of(recipe, train(recipe))
 
 
-def test_faults_are_those_of_the_catalogue_and_70_of_78_are_injected() -> None:
+def test_faults_are_those_of_the_catalogue_and_70_of_81_are_injected() -> None:
     injected = {change.code for change in FAULTS}
     assert injected | set(programs.NOT_INJECTED) == set(CATALOGUE)
     assert len(injected) >= 70

@@ -332,14 +332,14 @@ sys.exit(cli.main(["runs", "--json"]))
 
 @pytest.mark.parametrize(("verdict", "code"), [("better", 0), ("inside the noise", 3), ("worse", 3)])
 def test_gate_passes_only_a_better_model(verbs, capsys, verdict: str, code: int):
-    verbs.evaluate = lambda run, display, overrides: SimpleNamespace(to_json=dict, verdict=verdict)
+    verbs.evaluate = lambda run, display, overrides, **_: SimpleNamespace(to_json=dict, verdict=verdict)
     assert cli.main(["evaluate", "runs/a", "--json", "--gate"]) == code
     assert cli.main(["evaluate", "runs/a", "--json"]) == 0
     capsys.readouterr()
 
 
 def test_what_json_cannot_say_is_null(verbs, capsys):
-    verbs.evaluate = lambda run, display, overrides: SimpleNamespace(
+    verbs.evaluate = lambda run, display, overrides, **_: SimpleNamespace(
         to_json=lambda: {"base": {"stderr": float("inf"), "path": Path("a")}}
     )
     assert cli.main(["evaluate", "runs/a", "--json"]) == 0
@@ -398,3 +398,7 @@ adapter  runs/a/adapter (loads with PEFT)
 next     solotune chat runs/a --base
 export   solotune export runs/a
 """)
+    (tmp_path / "report.html").touch()
+    verbs.train = lambda *_, **__: SimpleNamespace(run_dir=tmp_path, evaluation=None)
+    assert cli.main(["train", str(path)]) == 0
+    assert f"\nreport   {tmp_path}/report.html (open it in a browser)\n" in capsys.readouterr().out

@@ -21,10 +21,12 @@ from solotune.display.progress import LiveDisplay
 from solotune.evaluation.compare import Evaluation, Sample
 from solotune.evaluation.metrics import MetricScore
 from solotune.evaluation.scores import Score
+from solotune.evaluation.task_scores import score_tasks
 from solotune.hardware.doctor import Check, DoctorReport
 from solotune.run.run_dir import RunSummary
 from solotune.training.verify_run import Problem, Verification
 from tests.display.test_progress import a_run, metrics, shown_on
+from tests.evaluation.task_files import logged
 from tests.planning.test_planner import planned
 
 WIDTHS = (60, 80)
@@ -40,7 +42,7 @@ def evaluation() -> Evaluation:
     scores = {"json_fields": MetricScore(0.1, 0.9123, 0.0301, 0.0211, 0.02, 0.001, 200)}
     side = {"stop_rate": 0.97, "repetition": 0.0, "overlap": 0.31}
     generation = {"base": side, "tuned": {**side, "repetition": 0.64}, "reference": side}
-    return Evaluation(base, tuned, [sample], scores, generation)
+    return Evaluation(base, tuned, [sample], scores, generation, score_tasks(*logged()))
 
 
 def data_preview() -> DataPreview:
@@ -156,6 +158,10 @@ FIGURES = {
         "+0.812",
         "97% of tuned",
         "said before 64% (in the references 0%)",
+        "answer exact_match",
+        "+100.0 ± 0.0",
+        "inside the noise",
+        "f1, bleu: one number of all documents together",
     ],
     "train": ["solotune chat", RUN],
     "data": ["1,697,000 read", "123,456,789", "753", "F24 truncated-answers"],

@@ -203,6 +203,7 @@ print(*map(peak_of, (20, 1000)))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, place: Path) -> None:
     """200 MB of rows, which take 50; examples held in memory take 150, records 280."""
     done = in_a_process(LONG_ROWS, cwd=tmp_path)

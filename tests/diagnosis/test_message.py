@@ -211,6 +211,6 @@ def test_explain_on_the_command_line(monkeypatch, capsys):
     assert error_in(capsys.readouterr().err) == snapshot("""\
 there is no such fault
   seen:    pad-masks-terminatr
-  allowed: F01 to F78, S1 to S15, or a fault's name
+  allowed: F01 to F81, S1 to S15, or a fault's name
   change:  did you mean pad-masks-terminator, head-adapter-ignored, terminator-masked?\
 """)

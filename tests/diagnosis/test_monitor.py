@@ -108,14 +108,14 @@ def test_a_first_loss_above_guessing_is_a_doubt(tiny_config, tmp_path):
 def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny_config, tmp_path, monkeypatch):
     asked = []
 
-    def ask_all(run_facts):
-        if run_facts.trace is None:  # before the run
-            return [], {}
-        asked.append(len(run_facts.trace.step_S))
-        assert run_facts.trace.eval_step_E[-1] == asked[-1] and np.isfinite(run_facts.trace.loss_S).all()
-        return [Signal("F65", "invariant", "the rate rises for 9 steps", 0.9, fix="warmup_ratio: 0.03")], {}
+    def signals(rules, trace=None):
+        if trace is None:  # before the run
+            return []
+        asked.append(len(trace.step_S))
+        assert trace.eval_step_E[-1] == asked[-1] and np.isfinite(trace.loss_S).all()
+        return [Signal("F65", "invariant", "the rate rises for 9 steps", 0.9, fix="warmup_ratio: 0.03")]
 
-    monkeypatch.setattr(watching, "ask_all", ask_all)
+    monkeypatch.setattr(watching.GrowingRun, "signals", signals)
     config = tiny_config(max_steps=4, eval_steps=2, learning_rate=1e-3)
     said, _ = watched(config, tmp_path)
     assert asked == [2, 4]
@@ -128,7 +128,7 @@ def test_evaluations_ask_the_rules_on_the_curve_and_each_fault_is_told_once(tiny
 def test_remarks_are_told_as_remarks_and_only_if_the_data_did_not_say_them(tiny_config, tmp_path, monkeypatch):
     remark = Signal("F24", "remark", "9 of 99 answers are truncated", 0.3, fix="max_length: 512")
     doubt = Signal("F46", "measured", "the held-out loss rises", 0.3)
-    monkeypatch.setattr(watching, "ask_all", lambda run_facts: ([remark, doubt], {}))
+    monkeypatch.setattr(watching.GrowingRun, "signals", lambda rules, trace=None: [remark, doubt])
     config = tiny_config(max_steps=2, eval_steps=1, learning_rate=1e-3)
     said, _ = watched(config, tmp_path)
     assert said == [
@@ -197,6 +197,17 @@ def test_data_monitor_and_diagnose_agree(name, chat_config, tmp_path):
     assert decided == by_data | by_monitor and diagnosis.verdict == ("fault" if culprits else "healthy")
     about = [f"F{n}" for n in range(17, 34)]
     assert {code: word for code, word in decided.items() if code in about} == expected
+
+
+def test_the_verdict_at_the_end_is_that_of_the_files(chat_config, tmp_path):
+    _answers(tmp_path / "chats.jsonl", 2)
+    keys = {"max_length": 80, "max_steps": 2, "eval_steps": 1, "num_samples": 0, "allow_faults": ["F24"]}
+    run = solotune.train({**chat_config, **keys}).run_dir
+    at_the_end = json.loads((run / "diagnosis.json").read_text())
+    of_files = json.loads(json.dumps(solotune.diagnose(run, budget=0).to_json()))
+    for part in ("verdict", "culprits", "remarks", "ruled_out"):
+        assert at_the_end[part] == of_files[part], part
+    assert [one["fault"] for one in of_files["culprits"]] == ["F24"]
 
 
 def test_a_packed_run_is_not_told_that_packing_loses_rows(chat_config, tmp_path):

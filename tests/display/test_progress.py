@@ -20,7 +20,8 @@ from solotune.config.run_config import Choice
 from solotune.dataset import DataReport
 from solotune.dataset.packing import account
 from solotune.display import progress
-from solotune.display.progress import LiveDisplay, Meter, PlainDisplay, SilentDisplay, make_console, make_display
+from solotune.display.meter import Meter
+from solotune.display.progress import LiveDisplay, PlainDisplay, SilentDisplay, make_console, make_display
 from solotune.evaluation.compare import Evaluation, Sample
 from solotune.evaluation.scores import Score
 from solotune.hardware.doctor import Check, DoctorReport
@@ -107,42 +108,6 @@ def test_hostile_text_everywhere():
 
 
 # --- figures
-
-
-def test_time_left_and_speed_ignore_the_slow_first_step():
-    meter = Meter()
-    meter.add(metrics(1, step_seconds=300.0))
-    assert (meter.seconds_left, meter.tokens_per_second) == (None, None)
-    meter.add(metrics(2))
-    meter.add(metrics(3))
-    assert meter.seconds_left == 2.0 * 97
-    assert meter.tokens_per_second == 500
-
-
-def test_after_a_resume_the_first_step_seen_is_the_slow_one():
-    meter = Meter()
-    meter.add(metrics(51, step_seconds=300.0))
-    meter.add(metrics(52))
-    assert meter.seconds_left == 2.0 * 48
-
-
-def test_printed_loss_is_per_supervised_token_by_weight_since_the_last_line():
-    meter = Meter()
-    meter.add(metrics(1, loss=1.0, total_weight=300.0))
-    meter.add(metrics(2, loss=5.0))
-    assert meter.take_loss() == 2.0
-    meter.add(metrics(3, loss=7.0))
-    assert meter.take_loss() == 7.0
-
-
-def test_the_loss_of_the_live_line_is_that_of_the_next_line():
-    meter = Meter()
-    meter.add(metrics(1, loss=4.0, total_weight=100.0))
-    meter.add(metrics(2, loss=1.0, total_weight=100.0))
-    assert meter.loss == pytest.approx(2.5)
-    assert meter.take_loss() == meter.loss == pytest.approx(2.5)  # until the next step
-    meter.add(metrics(3, loss=1.0, total_weight=100.0))
-    assert meter.loss == 1.0
 
 
 def test_a_line_comes_at_least_ten_times_a_run_and_every_30_seconds(monkeypatch):
@@ -245,6 +210,20 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     display.finish()
     assert stream.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # cursor back, line erased
     assert "step  1,204/12,000  loss 2.0000  lr 2.0e-04" in stream.getvalue()
+
+
+def test_the_words_of_the_live_line_are_made_when_it_is_drawn(monkeypatch):
+    made = []
+    monkeypatch.setattr(Meter, "figures", lambda meter: made.append(meter.last.step) or [])
+    display = LiveDisplay(100, Console(file=Terminal(), width=80, force_terminal=True))
+    display._progress.live.auto_refresh = False
+    display.begin(100)
+    for step in range(1, 10):
+        display.step(metrics(step))
+    assert made == []
+    display._progress.refresh()
+    assert made == [9]
+    display.finish()
 
 
 def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch):

@@ -21,7 +21,10 @@ from solotune.planning import plan_inputs
 from solotune.planning.layer_profile import ModelShape
 from tests.docs.pages import DOCS, ROOT, blocks
 
-HUB_MODELS = ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct")
+HUB_MODELS = (
+    *("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"),
+    *("Qwen/Qwen3-8B", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+)
 RUNS = ("first", "demo", "solotune-20260101-120000")
 TOOLS_AND_THOUGHTS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"

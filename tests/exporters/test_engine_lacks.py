@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from tokenizers import normalizers
 
 from solotune.dataset import Example
 from solotune.exporters.conversations import Conversation
-from solotune.exporters.engine_lacks import Lacking, explained, judged, lacks_of, texts_of
+from solotune.exporters.engine_lacks import Lacking, explained, judged, lacks_of, ollama_lacks, texts_of
 from solotune.exporters.template_parity import Difference
 
 
@@ -18,8 +19,7 @@ class Composing:
     """A tokenizer that composes characters."""
 
     class backend_tokenizer:
-        class normalizer:
-            normalize_str = staticmethod(lambda text: unicodedata.normalize("NFC", text))
+        normalizer = normalizers.NFC()
 
 
 LACKS = lacks_of(Composing())  # pyright: ignore[reportArgumentType]
@@ -50,7 +50,7 @@ def test_what_the_engine_lacks_is_counted_apart() -> None:
         asked("accent", "e\u0301"), asked("edge", "\u00a0x"), asked("end", "a</s>"), asked("same", "x")
     )
     assert problems == []
-    assert [(one.count, one.of, one.first.conversation) for one in lacking] == [
+    assert [(one.count, one.of, one.first and one.first.conversation) for one in lacking] == [
         (1, 4, "accent"), (1, 4, "end"), (1, 4, "edge")
     ]  # fmt: skip
 
@@ -89,6 +89,13 @@ def test_rows_are_not_read_where_nothing_differs() -> None:
         yield
 
     assert judged([], unread()) == ([], [])
+
+
+def test_what_ollama_lacks_is_judged_without_a_conversation() -> None:
+    (lacking,) = ollama_lacks(Composing())  # pyright: ignore[reportArgumentType]
+    assert judged([lacking], [["caf\u00e9"]]) == ([], [f"{lacking}; none of the 1 rows has text in decomposed form"])
+    assert str(lacking) == "Ollama does not compose characters as this tokenizer does (NFC)"
+    assert ollama_lacks(object()) == []  # pyright: ignore[reportArgumentType]
 
 
 def test_one_row_is_one_row() -> None:

@@ -6,6 +6,7 @@ are the bytes of UTF-8 (Latin-1 reads them so); `pytest -m export` asks llama.cp
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from typing import Any
@@ -14,9 +15,19 @@ import jinja2
 import pytest
 import transformers
 from tiny import CHATML, save_tokenizer
+from tokenizers import normalizers
 
+from solotune.dataset.chat.template import Messages, render_chat
 from solotune.exporters import engine_template as module
-from solotune.exporters.engine_template import ASCII_WHITE_SPACE, MACRO, WHITE_SPACE, engine_template, with_macros
+from solotune.exporters.engine_template import (
+    ASCII_WHITE_SPACE,
+    MACRO,
+    WHITE_SPACE,
+    composes,
+    engine_template,
+    with_macros,
+)
+from solotune.exporters.nfc_template import with_nfc
 
 SIDES = {"strip": "true, true", "lstrip": "true, false", "rstrip": "false, true"}
 TEXTS = [
@@ -106,6 +117,20 @@ def test_variables_that_llama_cpp_defines_are_what_they_are_in_training(tokenize
     assert engine_template(tokenizer) == tokenizer.chat_template
     tokenizer.chat_template = "{{ date_string }}"
     assert engine_template(tokenizer) == tokenizer.chat_template
+
+
+def test_the_template_of_a_tokenizer_that_composes_does_so_too(tokenizer: Any) -> None:
+    """In training's own engine, where the tokenizer does it, the text stays as it is."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHATML
+    for other in (None, normalizers.NFKC(), normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])):
+        own.backend_tokenizer.normalizer = other
+        assert not composes(own) and engine_template(own) == CHATML
+    for nfc in (normalizers.NFC(), normalizers.Sequence([normalizers.NFC()])):
+        own.backend_tokenizer.normalizer = nfc
+        assert engine_template(own) == with_nfc(CHATML) != CHATML
+    asked: Messages = [{"role": "user", "content": "e\u0301 \u1112\u1161"}]
+    assert render_chat(own, asked, template=engine_template(own)) == render_chat(own, asked)
 
 
 def test_a_change_that_training_would_see_is_not_made(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,16 @@ def test_a_run_in_4_bits_is_merged_into_the_codes_that_it_trained_on(run: Path) 
     assert found.to_json()["measured"][DEQUANTIZED]["loss"] == pytest.approx(expected.loss, rel=1e-3)
 
 
+def test_a_streamed_base_is_measured_as_a_resident_one(run: Path) -> None:
+    source = open_source(run)
+    assert source.tuned_run is not None
+    source.tuned_run.config = source.tuned_run.config.replaced("test", base_offload=True)
+    trained = measure_trained(source, silent)
+    assert trained.model is not None and trained.model.ring is not None
+    found = choose(source, BaseTensors.of(source.base, source.config), trained, "bf16", None, silent)
+    assert found.to_json() == chosen(run).to_json()
+
+
 def test_the_user_s_choice_wins_and_is_judged_by_itself(run: Path) -> None:
     found = chosen(run, ORIGINAL)
     assert found.into == ORIGINAL and found.choice.because.startswith("--merge-into; ")

@@ -95,6 +95,7 @@ print("unasked", cli.main(["train", "run.yaml"]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a small disk is made with a namespace of its own")
+@pytest.mark.slow
 def test_on_a_real_small_disk_it_is_refused_and_would_have_failed(chat_config, tmp_path):
     """A tmpfs a tenth smaller than the need: refused (3); unasked, the run meets a full disk (8), nothing torn."""
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:

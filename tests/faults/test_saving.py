@@ -65,11 +65,11 @@ def test_killed_at_an_instant(work):
 
 
 def test_power_cut(work):
-    assert_all_well(faults.power(work, every=83), 16)
+    assert_all_well(faults.power(work, every=127), 10)
 
 
 def test_power_cut_in_a_resume(work):
-    assert_all_well(faults.power(work, every=97, resume=True), 8)
+    assert_all_well(faults.power(work, every=151, resume=True), 5)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

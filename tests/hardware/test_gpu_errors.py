@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import metrics_of
 import solotune
 from solotune import cli
 from solotune.config.load import load_config
-from solotune.errors import DeviceError, InputError
+from solotune.errors import DeviceError, InputError, resume_command
 from solotune.evaluation import scores
 from solotune.hardware import gpu_errors
 from solotune.hardware.gpu_errors import DeviceMemory, smaller_settings
@@ -215,7 +216,8 @@ def test_no_room_for_the_weights_leaves_no_run_behind(keys, monkeypatch, memory,
     memory(24 * GIB, 0, 23 * GIB)
     text = failure_of(keys, base_precision="bf16")
     assert text.startswith("out of GPU memory (while loading the model)\n")
-    assert text.endswith("1.0 by other processes and the driver (about 0.5), 0.0 free\n  change:  base_precision: nf4")
+    assert text.endswith("1.0 by other processes and the driver (about 0.5), 0.0 free\n"
+                         "  change:  base_offload: true (frozen layers in host memory), or base_precision: nf4")  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 
@@ -249,9 +251,21 @@ def test_other_errors_stay_what_they_are(keys, fail_at, error):
     assert str(caught.value) == str(error)
 
 
+def test_a_base_on_the_card_may_go_to_the_host_before_its_precision_is_lowered():
+    config = load_config({"model_name_or_path": "m", "dataset": "d", "base_precision": "bf16", "base_offload": 3,
+        "gradient_checkpointing": True, "per_device_train_batch_size": 1})  # fmt: skip
+    again = f" and continue with: {resume_command(Path('run'))}"
+    offload = f"base_offload: true (frozen layers in host memory){again}"
+    assert smaller_settings(config.memory, "training", Path("run")) == [offload, "base_precision: nf4"]
+    whole = config.replaced("test", base_precision="nf4", base_residency="dequantized", base_offload=False)
+    assert smaller_settings(whole.memory, "evaluating", None) == [
+        "per_device_eval_batch_size: 4", "base_residency: quantized"  # the copy contradicts offloading, and goes first
+    ]  # fmt: skip
+
+
 def test_what_is_smallest_already_is_not_advised():
     config = load_config({"model_name_or_path": "m", "dataset": "d", "gradient_checkpointing": True,
-        "per_device_train_batch_size": 1, "base_residency": "quantized"})  # fmt: skip
+        "per_device_train_batch_size": 1, "base_residency": "quantized", "base_offload": True})  # fmt: skip
     assert smaller_settings(config.memory, "training", None) == ["max_length: 1024"]
     assert smaller_settings(config.memory, "loading the model", None) == []
     mixed = load_config({"model_name_or_path": "m", "dataset": "d", "matmul_precision": "fp8"})

@@ -250,6 +250,7 @@ def test_a_card_without_room_for_a_context_is_counted_and_not_used(asked, monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="H100", major=9, minor=0))
     monkeypatch.setattr(torch.cuda, asked, full)
     found = machine(**environment._torch_facts())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, stored_bytes
+from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, NF4Weight, round_to_fp8, stored_bytes
 
 SHAPES = [(64, 64), (96, 128), (5, 63), (3, 100), (1, 7)]  # some whose size is no multiple of a block, or odd
 
@@ -86,3 +86,14 @@ def test_nf4_values_in_fp8_keep_the_nf4_rounding_and_add_fp8s_own(double_quant):
     added = (stored.dense(torch.float32) - weight).norm() / (four_bit - weight).norm()
     assert 1 < added < 1.15  # NF4's error is some 9 % of the weight, fp8's 2.6 %
     assert stored_bytes(FrozenLinear(stored, None)) == 2 * weight.numel() + 4 * (96 + 128)
+
+
+def test_scales_of_fp8_are_what_cuda_makes_of_a_division_by_448():
+    """CUDA multiplies by the reciprocal, rounded to float32; a true division differs in the last bit for half of all."""
+    largest = torch.tensor([[3.0], [0.1], [0.3], [7.0]])
+    codes, scales = round_to_fp8(torch.cat([largest, -largest / 3], 1))
+    exact = ["0x1.b6db700000000p-8", "0x1.d41d440000000p-13", "0x1.5f15f40000000p-11", "0x1.0000000000000p-6"]
+    assert [scale.item().hex() for scale in scales] == exact
+    assert [scale.item().hex() for scale in largest / 448][:3] != exact[:3]
+    assert codes[:, 0].float().tolist() == [448.0] * 4
+    assert torch.equal(Fp8Weight.forward_values(largest), codes[:, :1].float() * scales)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, random_rows
+from tiny import FAMILIES, VOCAB, random_rows
 
 from solotune.dataset.collate import collate
 from solotune.errors import InputError
+from solotune.model.layers import layers_on_host
 from solotune.model.limits import offloaded_layers
 from solotune.model.loading import load_model
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
 
 CPU = torch.device("cpu")
 DEPTH = 5
+MIXTURE = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 4,
+    "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "num_hidden_layers": DEPTH, "mlp_only_layers": [0, 3],
+}  # fmt: skip
+"""Layers of two sizes: dense ones, and such whose experts are no linears and stay on the device."""
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +31,12 @@ def deep(tmp_path_factory):
     def folder(family):
         path = tmp_path_factory.mktemp(family)
         torch.manual_seed(0)
-        config = FAMILIES[family]()
+        config = FAMILIES[family]() if family in FAMILIES else transformers.Qwen3MoeConfig(**MIXTURE)
         config.num_hidden_layers = DEPTH
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
         return str(path)
 
-    return {family: folder(family) for family in ("llama", "neox")}
+    return {family: folder(family) for family in ("llama", "neox", "mixture")}
 
 
 @pytest.fixture
@@ -64,10 +71,22 @@ def losses(model):
 def test_streamed_layers_give_the_same_bits(family, precision, checkpointing, offload, loaded):
     keys = {"base_precision": precision, "gradient_checkpointing": checkpointing}
     resident, streamed = loaded(family, **keys), loaded(family, **keys, base_offload=offload)
-    for seed in range(3):
+    for seed in range(2):
         for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
             assert torch.equal(one, other)
         assert torch.equal(losses(resident), losses(streamed))  # and what follows begins with the first layers again
+
+
+@pytest.mark.parametrize("offload", [True, 2])
+def test_layers_of_different_sizes_share_slots_of_the_largest(offload, loaded):
+    keys = {"base_precision": "nf4", "base_residency": "quantized", "gradient_checkpointing": 2}
+    resident, streamed = loaded("mixture", **keys), loaded("mixture", **keys, base_offload=offload)
+    sizes = {host.numel() for host in streamed.ring._hosts}
+    assert len(sizes) == 2 and streamed.ring.num_bytes_on_device == 2 * max(sizes)
+    for seed in range(2):
+        for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(losses(resident), losses(streamed))
 
 
 def test_a_pass_ends_as_it_begins_whatever_ran_before(loaded):
@@ -76,7 +95,9 @@ def test_a_pass_ends_as_it_begins_whatever_ran_before(loaded):
     one_pass(model)
     assert ring._holds == [0, 1]
     losses(model)
-    assert ring._holds != [0, 1]
+    assert ring._holds == [0, 1]  # a pass without gradients prepares the next one
+    ring.enter(3)
+    assert ring._holds == [0, 3]  # a pass that broke off
     one_pass(model)
     assert ring._holds == [0, 1]
 
@@ -96,7 +117,7 @@ def test_each_layer_is_copied_twice_a_pass_and_in_order(loaded, monkeypatch):
         for position in range(DEPTH) if forward else reversed(range(DEPTH)):
             ring.enter(position)
             ring.leave(position, 1 if forward else -1)
-    assert copied == [0, 2, 1, 3, 4, 2, 1, 0]  # 0 and 1 are not there yet; later passes find them
+    assert copied == [2, 3, 4, 2, 1, 0]  # 0 and 1 are there since the check of the head, a pass without gradients
     copied.clear()
     ring.finish_pass()
     assert copied == []
@@ -107,6 +128,26 @@ def test_each_layer_is_copied_twice_a_pass_and_in_order(loaded, monkeypatch):
 )
 def test_which_layers_the_config_means(wanted, numbers):
     assert offloaded_layers(wanted, DEPTH) == numbers
+
+
+@pytest.mark.parametrize("offload", [True, 2])
+def test_layers_that_share_a_part_are_refused(offload):
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = DEPTH
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    assert len(layers_on_host(module, offload)) == (DEPTH if offload is True else 2)
+    module.model.layers[3].mlp = module.model.layers[2].mlp
+    with pytest.raises(InputError, match="layers of llama share parts, so they cannot be streamed alone"):
+        layers_on_host(module, offload)
+    assert layers_on_host(module, False) == []
+
+
+@pytest.mark.parametrize(("value", "seen"), [(0, "0"), (-3, "-3"), (2.5, "2.5"), ("some", "some")])
+def test_a_number_of_layers_is_at_least_one(value, seen, tiny_config):
+    with pytest.raises(InputError) as caught:
+        tiny_config(base_offload=value)
+    assert "base_offload" in str(caught.value) and seen in str(caught.value)
+    assert "auto, or true or false, or a whole number, at least 1" in str(caught.value)
 
 
 def test_an_unpacked_copy_and_offload_contradict_each_other(tiny_config):

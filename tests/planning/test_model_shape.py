@@ -99,7 +99,14 @@ def test_every_family_has_a_shape_with_the_parameters_that_it_has(family, tiny_c
     assert 4 * (shape.num_frozen + biases) == stored_bytes(model.module)
     rest = model.num_parameters - shape.num_frozen - biases - shape.num_trainable
     assert shape.other_parameters == rest
-    assert len(shape.layers) == len(model.layers)
+    assert len(shape.layers) == len(model.layers) == len(shape.layer_linears)
+    for layer, counted in zip(model.layers, shape.layer_linears, strict=True):  # what is copied if it streams
+        assert stored_bytes(layer) == 4 * sum(
+            linear.count * (linear.weights + linear.out_features * linear.has_bias) for linear in counted
+        )
+    embedding, head = model.module.get_input_embeddings(), model.module.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    assert shape.embedding_parameters == (0 if is_tied else embedding.weight.numel())
     assert {layer.how for layer in shape.layers} == {"estimated" if family in ESTIMATED else "eager"}
 
 
@@ -116,11 +123,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(family, tiny_config, shape_of
     "family",
     [
         "llama",
-        "gemma3",  # norms before and after, sliding windows
-        "neox",  # attention and MLP in parallel
         *(
-            pytest.param(family, marks=pytest.mark.slow)
-            for family in ("qwen3", "gpt2", "phi", "cohere", "granite", "opt")
+            pytest.param(family, marks=pytest.mark.slow)  # gemma3: norms before and after; neox: MLP beside attention
+            for family in ("gemma3", "neox", "qwen3", "gpt2", "phi", "cohere", "granite", "opt")
         ),
     ],
 )
@@ -144,6 +149,7 @@ def test_a_compiled_llama_layer_keeps_matmul_outputs_attention_and_its_norms_sca
     assert kept.per_token == 4 * (values + scales)
 
 
+@pytest.mark.slow
 def test_fp8_layers_are_looked_at_as_a_gpu_multiplies_them(tiny_config):
     plain = model_shape(tiny_config("llama", torch_compile=True, bf16=True, base_precision="bf16")).layers[0]
     fp8 = model_shape(tiny_config("llama", torch_compile=True, bf16=True, base_precision="fp8")).layers[0]

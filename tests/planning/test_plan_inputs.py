@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from inline_snapshot import snapshot
 from ruamel.yaml import YAML
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import FAMILIES, chat_rows, metrics_of, save_tokenizer
 
 import solotune
 from solotune import cli
@@ -17,7 +17,9 @@ from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
 from solotune.hardware.machine import Machine, probe
-from solotune.planning import plan_inputs
+from solotune.planning import plan_inputs, planner
+from solotune.planning.micro_batch import MicroBatch
+from solotune.run.run_dir import RunDirectory
 from tests.messages import error_in
 
 GIB = 1 << 30
@@ -129,7 +131,7 @@ def test_a_budget_that_nothing_fits_into(config, capsys):
             snapshot("""\
 command line, --gpu: this card is not in the table
   seen:    h10
-  allowed: t4, v100-16, v100-32, a100-40, a100-80, a10g, a10, a6000, 3060, 3090, 4060ti-16, 4070, 4080, 4090, l4, l40s, 6000-ada, 5090, h100-pcie, h100, h200, b200
+  allowed: t4, v100-16, v100-32, a100-40, a100-80, a10g, a10, a6000, 3060, 3070, 3090, 4060ti-16, 4060-laptop, 4060, 4070, 4080, 4090, l4, l40s, 6000-ada, 5090, h100-pcie, h100, h200, b200
   change:  --gpu h100\
 """),
         ),
@@ -171,6 +173,55 @@ command line, lora_target_modules: nothing matches no linear layer of this model
 def test_mistakes_exit_2_with_what_is_allowed(config, capsys, arguments, message):
     assert cli.main(["plan", str(config), *arguments]) == 2
     assert error_in(capsys.readouterr().err) == message
+
+
+STREAMED = ("base_offload=true", "gradient_checkpointing=true", "activation_offload=true")
+
+
+@pytest.mark.parametrize("columns", ["60", "100"])
+def test_what_streams_is_shown_with_the_host_memory_that_it_pins(config, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, found = plan_as_json(capsys, str(config), "--gpu", "4090", *STREAMED)
+    host = found["host_by_category"]
+    assert code == 0 and host["layers"] > 0 and host["activations"] > 0 and host["embedding"] > 0
+    assert found["host_bytes"] == sum(host.values())
+    assert found["host_budget_bytes"] is None and found["link_bytes_per_second"] == 24.7e9
+    assert cli.main(["plan", str(config), "--gpu", "4090", "--host-memory", "2GiB", *STREAMED]) == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    assert "layers in host memory" in words and "host memory that may be pinned 1.80 GiB" in words
+    assert "(predicted)" in out and "24.7 GB/s from host memory to the card, as such cards have" in out
+    assert "it pins" not in out  # compared, so no note
+    assert max(len(line) for line in out.splitlines() if "because" not in line and "·" not in line) <= 100
+
+
+def test_a_host_that_is_too_small_is_named_with_its_sizes(config, capsys):
+    small = ["--gpu", "4090", "--host-memory", "0.01MiB", "base_offload=true"]
+    code, found = plan_as_json(capsys, str(config), *small)
+    assert (code, found["fits"], found["host_budget_bytes"]) == (3, False, int(0.9 * int(0.01 * 2**20)))
+    assert cli.main(["plan", str(config), *small]) == 3
+    assert "GiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_host_memory_that_is_no_size_is_refused(config, capsys):
+    assert cli.main(["plan", str(config), "--gpu", "4090", "--host-memory", "lots"]) == 2
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+--host-memory: not a size
+  seen:    lots
+  allowed: 64GiB, 31.5 GiB or 64GB\
+""")
+
+
+def test_the_link_that_was_measured_here_counts_and_not_the_tables(config, monkeypatch):
+    here = {**vars(probe()), "gpu": "NVIDIA GeForce RTX 4090", "gpu_bytes": 24 * GIB, "gpu_free_bytes": 20 * GIB}
+    machine = Machine(**{**here, "num_gpus": 1, "compute_capability": (8, 9)})
+    speeds = {}
+    for rate in (3e9, 24e9):  # a slot with 4 lanes, and one with 16
+        monkeypatch.setattr(plan_inputs.link, "host_to_device_bytes_per_second", lambda rate=rate: rate)
+        found = plan_inputs.plan_for(load_config(config, STREAMED), machine, None)
+        assert found.card.link_bytes == rate and found.times()["link"].endswith("measured")
+        speeds[rate] = found.option.seconds.tokens_per_second
+    assert speeds[3e9] < speeds[24e9]
 
 
 def test_without_a_gpu_it_is_this_machines_cpu(config):
@@ -226,6 +277,30 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written
     assert raised.value.exit_code == 3
     assert "memory_budget: 100MiB" in str(raised.value)
     assert not os.path.exists("run")
+
+
+def test_a_micro_batch_of_the_plan_is_recorded_and_kept_when_the_run_is_continued(runnable, monkeypatch, capsys):
+    def twice_the_rows(config, before, work, best, workloads):
+        larger = config.replaced("plan", per_device_train_batch_size=8, gradient_accumulation_steps=4)
+        option, resolved, _ = best(larger, workloads(larger))
+        return MicroBatch(option, resolved, workloads(larger))
+
+    quick = ["use_cpu=true", "max_steps=2", "num_samples=0", "validation_size=0", "output_dir=run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "larger_micro_batch", twice_the_rows)  # on a CPU nothing is to be gained
+        first = solotune.train(runnable, quick)
+    text = Path("run/config.yaml").read_text()
+    assert "per_device_train_batch_size: 8  # plan" in text and "gradient_accumulation_steps: 4  # plan" in text
+    assert {choice.key: choice.value for choice in first.choices}["gradient_accumulation_steps"] == 4
+    steps = [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "step"]
+    for _ in range(2):  # the second time it is read from what the first one recorded
+        again = solotune.train(runnable, quick, resume=True)
+        (kept,) = [choice for choice in again.choices if choice.key == "per_device_train_batch_size"]
+        assert (kept.value, kept.because) == (8, "the run that is continued was planned so")
+        assert Path("run/config.yaml").read_text() == text
+    assert [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "step"] == steps
+    resumed = [event for event in metrics_of(RunDirectory(Path("run"))) if event["event"] == "resume"]
+    assert resumed and all(event["exact"] for event in resumed)
 
 
 def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):

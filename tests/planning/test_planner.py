@@ -58,17 +58,19 @@ def llama_8b() -> ModelShape:
         Linear(14336, 4096, 64, False, False),
         Linear(4096, 14336, 32, False, False),
     )
+    one = tuple(linear._replace(count=linear.count // 32) for linear in linears)
     sizes = (4096, 128256, 32, 128, 131072)
-    return ModelShape("llama", linears, 1050939392, *sizes, (layer,) * 32, outside, (4, 6), 1 << 27, 16, 2, True)
+    head = (outside, (4, 6), 1 << 27, 16, 2, True)
+    return ModelShape("llama", linears, 1050939392, *sizes, (layer,) * 32, *head, (one,) * 32, 128256 * 4096)
 
 
 def config(**keys: object) -> RunConfig:
     return load_config({"model_name_or_path": "m", "dataset": "d", **keys})
 
 
-def planned(card=H100, free=None, shape=None, **keys):
-    checked = config(**keys)
-    return make_plan(checked, lambda _: shape or llama_8b(), card, full_rows(checked.batches), free)
+def planned(card=H100, free=None, shape=None, host=None, **keys):
+    checked, known = config(**keys), shape or llama_8b()
+    return make_plan(checked, lambda _: known, card, full_rows(checked.batches), free, host_free_bytes=host)
 
 
 WORK = Workload(4, 2048, 2048, 1.0, 1.0, 2, None)
@@ -120,7 +122,7 @@ def test_workspace_is_the_librarys_and_the_largest_weight_expanded():
     assert workspace("a100-80", base_precision="bf16") == (16 << 20) + (256 << 10)
     packed = replace(WORK, has_one_shape=True)  # and one for the stream that is recorded
     assert workspace("h100", packed, has_dequantized_copy=True) == 96 << 20
-    assert workspace("h100", packed, has_dequantized_copy=True, is_offloaded=True) == 64 << 20
+    assert workspace("h100", packed, has_dequantized_copy=True, is_offloaded=True) == 96 << 20
 
 
 def test_logits_are_a_chunk_of_the_supervised_ones():
@@ -166,9 +168,9 @@ def test_each_checkpointed_layer_takes_less_and_longer():
 def test_offloading_takes_the_inputs_off_the_card():
     shape, long = llama_8b(), replace(WORK, rows=1, tokens=65536)
     there, off = (footprint(shape, replace(KNOBS, is_offloaded=o), long, H100) for o in (False, True))
-    assert off.host_bytes == 32 * 8192 * 65536
+    assert off.host.activations == off.host_bytes == 31 * 8192 * 65536  # the last checkpointed layer's stays
     assert there.host_bytes == 0
-    assert there.peak_bytes - off.peak_bytes > 0.8 * off.host_bytes
+    assert there.peak_bytes - off.peak_bytes > 0.9 * off.host_bytes
     assert seconds(shape, replace(KNOBS, is_offloaded=True), long, H100).step > seconds(shape, KNOBS, long, H100).step
 
 
@@ -302,11 +304,12 @@ def test_a_smaller_micro_batch_keeps_the_step_as_it_is():
 
 
 def test_several_changes_where_one_does_not_do():
-    plan = planned(memory_budget="6.5GiB", base_precision="fp8", gradient_checkpointing=False, base_offload=False)
+    keys = {"memory_budget": "6.5GiB", "base_precision": "fp8", "base_offload": False}
+    plan = planned(**keys, gradient_checkpointing=False, host=1 * GIB)  # too little to stream the base from
     changes = dict(plan.changes)
     assert len(changes) > 1
     assert changes["base_precision"] == "nf4"
-    assert planned(memory_budget="6.5GiB", **{"gradient_checkpointing": False, **changes}).fits
+    assert planned(**{**keys, "gradient_checkpointing": False, **changes}, host=1 * GIB).fits
 
 
 def test_where_no_change_helps_a_larger_card_is_named():
@@ -338,7 +341,7 @@ def test_the_card_that_is_here_has_its_own_memory():
 
 def test_every_card_is_plausible():
     for card in CARDS.values():
-        assert 10 * GIB < card.memory_bytes < 200 * GIB
+        assert 7 * GIB < card.memory_bytes < 200 * GIB
         assert card.has_fp8 == (card.compute_capability >= (8, 9))
         assert card_of(card.shown_as[0], card.memory_bytes, card.compute_capability).name == card.name
 
@@ -347,26 +350,3 @@ def test_a_cpu_is_planned_by_its_resident_memory():
     plan = planned(cpu_card(16 * GIB, 100), free=15 * GIB, bf16=False, base_precision="fp32", memory_budget="auto")
     assert plan.card.is_cpu
     assert plan.option.footprint.outside_bytes == plan.option.footprint.paged_bytes == 0
-
-
-# --- the bench
-
-
-def test_the_bench_has_thirty_cases_whose_configs_load_and_its_summary_has_their_errors(tmp_path):
-    from bench.plan_runs import CASES, config_of, summary
-
-    assert len({case.name for case in CASES}) == len(CASES) >= 30
-    for case in CASES:
-        assert config_of(case, tmp_path).max_length == case.tokens
-    results = [
-        {
-            "case": "a",
-            "predicted": {"peak_bytes": peak, "tokens_per_second": 1, "seconds": {"step": step}},
-            "measured": {"peak_bytes": 100, "tokens_per_second": 1, "step_seconds": 2.0},
-        }
-        for peak, step in ((101, 2.2), (97, 1.8), (102, 3.0))
-    ]
-    text = summary([*results, {"case": "b", "error": "out of memory"}])
-    assert "3 runs. Peak: median error 2.0%, worst 3.0%, most under -3.0%." in text
-    assert "Step: median error 10.0%, worst 50.0%." in text
-    assert "| b | out of memory |" in text

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from solotune.evaluation.task_scores import score_tasks
 from solotune.report_page.build import build_comparison, build_page, run_page
-from solotune.run.events import DeviceFailedEvent, EndEvent, NonFiniteEvent, ResumeEvent
+from solotune.report_page.verdict_section import AT_ITS_END, NO_DIAGNOSIS
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, EndEvent, NonFiniteEvent, ResumeEvent
+from tests.evaluation.task_files import logged
 from tests.report_page import gold, run_files
 from tests.report_page.run_files import DATA, DIAGNOSIS, EVALUATION, events, start, step, write_run
 
@@ -188,7 +191,19 @@ def test_a_metric_of_the_users_own_is_shown_as_the_number_it_is(tmp_path: Path) 
         "stderr": {"base": 0.5, "tuned": 0.25},
         "p_value": 0.2,
     }
+    evaluation["tasks"] = [one.to_json() for one in score_tasks(*logged())]
+    evaluation["tasks"] += ["torn", {"task": "torn"}]
     said = Tags(build_page(write_run(tmp_path / "run", evaluation=evaluation))).text
+    for figure in (
+        "answer exact_match",
+        "100.0% ± 0.0",
+        "+100.0 points",
+        "0.0039, better",
+        "0.1702 ± 0.0343",
+        "not tested",
+    ):
+        assert figure in said, figure
+    assert "torn" not in said
     assert "7.5000 ± 0.2500" in said and "-4.5" in said and "750.0%" not in said
     assert "50.0% ± 18.0" in said and "+50.0 points" in said
 
@@ -204,9 +219,23 @@ def test_any_script_and_direction_is_shown_and_nothing_is_hidden(tmp_path: Path)
 
 
 def test_a_run_that_is_being_written_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", logged=events()[:5], diagnosis=None)
+    logged = [
+        *events()[:5],
+        DiagnosedEvent("F65", "invariant", "the rate <rises>"),
+        DiagnosedEvent("F99", "remark", "new"),
+    ]
+    run = write_run(tmp_path / "run", logged=logged, diagnosis=None)
     monkeypatch.setattr("solotune.run.run_dir.RunDirectory.is_locked", lambda self: True)
-    assert "Running: 4 of 12 steps so far" in missing(run)
+    said = missing(run)
+    assert "Running: 4 of 12 steps so far" in said and AT_ITS_END in said and NO_DIAGNOSIS not in said
+    page = build_page(run)
+    assert "F65 warmup-too-long: the rate &lt;rises&gt;" in page and ">new<" in page
+    assert "Found while it trained" not in build_page(write_run(tmp_path / "over", logged=logged))
+
+
+def test_one_group_is_no_groups(tmp_path: Path) -> None:
+    page = build_page(write_run(tmp_path / "run", evaluation={**EVALUATION, "groups": 1}))
+    assert " in 1 group, the same" in page
 
 
 VERDICTS: list[tuple[Callable[[dict[str, Any]], None], str, str]] = [

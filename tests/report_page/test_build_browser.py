@@ -18,6 +18,7 @@ from tests.report_page.run_files import EVALUATION, events, start, step, write_r
 
 pytestmark = pytest.mark.browser
 STEPS = 200_000
+TRACED = ["toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline"]
 WIDTHS = ((1280, "light"), (768, "dark"), (375, "light"), (375, "dark"))
 
 
@@ -204,34 +205,46 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "long.html"
 
 
+def seconds_of_work(browser: Any) -> dict[str, float]:
+    """Of the tracing that ends here: the processors' seconds for scripts, for the rest of the page's thread (styles,
+    painting), and for drawing in other threads and processes. What they waited for a processor does not count."""
+    traced = json.loads(browser.stop_tracing())["traceEvents"]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in traced if e["name"] == "thread_name"}
+    spent: dict[str, float] = {"scripts": 0.0, "page": 0.0, "drawing": 0.0}
+    for event in traced:
+        seconds = event.get("tdur", 0) / 1e6
+        is_page = names.get((event["pid"], event["tid"])) == "CrRendererMain"
+        if event["name"] in ("RunTask", "ThreadPool_RunTask"):
+            spent["page" if is_page else "drawing"] += seconds
+        elif event["name"] == "FireAnimationFrame":
+            spent["scripts"] += seconds
+    spent["page"] -= spent["scripts"]
+    return spent
+
+
 def test_a_run_of_200_000_steps_is_small_and_pans_at_30_frames_a_second(browser: Any, long_page: Path) -> None:
-    """By the time that the page's thread computes for a frame: that other programs keep it waiting does not count."""
+    """By the work for a frame, as if one processor did it all: that other programs keep it waiting does not count."""
     assert long_page.stat().st_size < 5_000_000
     frames = 90
     with Tab(browser, long_page) as tab:
         tab.page.locator("#chart-loss").scroll_into_view_if_needed()
         tab.page.click("[data-for=loss] [data-do=in]")
         tab.page.wait_for_timeout(300)
-        session = tab.context.new_cdp_session(tab.page)
-        session.send("Performance.enable", {"timeDomain": "threadTicks"})
-
-        def seconds() -> float:
-            metrics = session.send("Performance.getMetrics")["metrics"]
-            return {one["name"]: one["value"] for one in metrics}["TaskDuration"]
-
-        before = seconds()
-        rate = tab.page.evaluate(
-            """async (frames) => {
-              const chart = document.querySelector("#chart-loss"), begin = performance.now();
-              for (let i = 0; i < frames; i++) {
-                const how = { deltaY: i % 30 < 15 ? 20 : -20, shiftKey: true, bubbles: true, cancelable: true };
-                chart.dispatchEvent(new WheelEvent("wheel", how));
-                await new Promise(requestAnimationFrame);
-              }
-              return (1000 * frames) / (performance.now() - begin);
-            }""",
-            frames,
+        pan = """async ([frames, pixels]) => {
+          const chart = document.querySelector("#chart-loss"), begin = performance.now();
+          for (let i = 0; i < frames; i++) {
+            const how = { deltaY: i % 30 < 15 ? pixels : -pixels, shiftKey: true, bubbles: true, cancelable: true };
+            if (pixels) chart.dispatchEvent(new WheelEvent("wheel", how));
+            await new Promise(requestAnimationFrame);
+          }
+          return (1000 * frames) / (performance.now() - begin);
+        }"""
+        at_rest = tab.page.evaluate(pan, [frames, 0])
+        browser.start_tracing(page=tab.page, categories=TRACED)
+        rate = tab.page.evaluate(pan, [frames, 20])
+        a_frame = {what: seconds / frames for what, seconds in seconds_of_work(browser).items()}
+        said = ", ".join(f"{what} {1000 * seconds:.1f}" for what, seconds in a_frame.items())
+        print(
+            f"{long_page.stat().st_size:,} bytes; ms a frame: {said}; {rate:.0f} frames a second, {at_rest:.0f} at rest"
         )
-        a_frame = (seconds() - before) / frames
-        print(f"{long_page.stat().st_size:,} bytes, {1000 * a_frame:.1f} ms a frame, {rate:.0f} frames a second here")
-        assert a_frame < 1 / 30 and tab.said == []
+        assert min(a_frame.values()) > 0 and sum(a_frame.values()) < 1 / 30 and tab.said == []

@@ -31,7 +31,12 @@ PAIRED = [10 * (1.0 + 0.3 * (-1) ** i) for i in range(8)]
     ("first", "second", "headline", "test"),
     [
         (tuned(1.0, 0.3, PAIRED), tuned(0.9, 0.3, [x - 1 for x in PAIRED]), "b is better than a", "paired test over 8"),
-        (tuned(1.0, 0.3, PAIRED), tuned(1.1, 0.3, [x + 1 for x in PAIRED]), "b is worse than a", "paired test over 8"),
+        (
+            tuned(1.0, 0.3, PAIRED),
+            tuned(1.1, 0.3, [x + 1 for x in PAIRED]),
+            "a is better than b",
+            "token of a is lower by 0.1",
+        ),
         (tuned(1.0, 0.3), tuned(0.9, 0.3), "No clear difference", "not paired"),
         (tuned(1.0, 0.01), tuned(0.9, 0.01), "b is better than a", "not paired"),
         (tuned(1.0, 0.3, PAIRED), tuned(1.0, 0.3, PAIRED), "have the same held-out loss", ""),

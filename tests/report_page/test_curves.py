@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from solotune.report_page.curves import MAX_BUCKETS, bucket_extremes, curves, of_events, smoothed
-from solotune.run.events import to_line
+from solotune.run.events import DiagnosedEvent, to_line
 from tests.report_page.run_files import events, start, step, write_run
 
 
@@ -84,3 +84,9 @@ def test_a_log_that_was_cut_back_is_read_from_its_beginning(tmp_path: Path) -> N
     again = curves(run, whole["next"])
     assert again["restarted"] and again["series"]["loss"]["steps"] == [1]
     assert curves(tmp_path / "nothing")["series"] == {}
+
+
+def test_findings_since_a_byte_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(to_line(step(1)) + to_line(DiagnosedEvent("F65", "invariant", "x")))
+    found = curves(tmp_path)
+    assert (found["findings"], curves(tmp_path, found["next"])["findings"]) == (1, 0)

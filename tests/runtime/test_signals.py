@@ -55,6 +55,13 @@ def test_a_stop_that_has_to_wait_is_announced(number, said, capfd):
         assert capfd.readouterr().err == said
 
 
+def test_where_nothing_is_to_be_saved_the_announcement_says_nothing_of_it(capfd):
+    """`solotune watch`, say: a run of another process goes on."""
+    with signals.handle_signals(True), pytest.raises(StopRequested):
+        send(signal.SIGINT)
+    assert capfd.readouterr().err == "Ctrl-C: stopping. Press it again to stop at once.\n"
+
+
 def test_what_nobody_polled_for_is_raised_at_the_end():
     with signals.handle_signals(), pytest.raises(StopRequested):
         with signals.defer_signals():
@@ -87,3 +94,23 @@ def test_the_second_is_the_callers_own():
                 signals.check_stop()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_torchruns_echo_of_a_signal_is_not_a_second_one():
+    own = signals.handle_signals(True, has_launcher=True, is_quiet=True)
+    with own, pytest.raises(StopRequested), signals.defer_signals():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+        signals.check_stop()
+
+
+def test_another_thread_can_ask_for_a_stop():
+    class Why(StopRequested):
+        pass
+
+    with signals.handle_signals(), pytest.raises(Why):
+        signals.request_stop(Why(signal.SIGTERM))
+        signals.request_stop(StopRequested(signal.SIGINT))  # later: what was first is the reason
+        signals.check_stop()
+    signals.check_stop()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import metrics_of, random_rows
 
+from solotune.dataset.collate import collate_packs
 from solotune.display.progress import SilentDisplay
 from solotune.errors import NonFiniteError
 from solotune.model import lora
@@ -235,7 +236,7 @@ def test_clean_runs_raise_no_alarm(family, start, tiny_config, model_folder):
         optimizer = loop.make_optimizer(config.optimizer, [model.flat_params])
         model.module.train()
         for step in range(4):
-            batches = [loop.collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
+            batches = [collate_packs([[row] for row in random_rows(3, seed=10 * seed + step)], CPU)]
             loop.train_step(model, batches, optimizer, 1.0, (seed, step))
         assert nonfinite.nonfinite_tensors(model, optimizer) == []
 

@@ -13,13 +13,14 @@ from tiny import metrics_of
 from bench import faults
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import sampler
 from solotune.errors import IntegrityError
 from solotune.model.base_fingerprint import fingerprint_of
 from solotune.run.run_dir import RunDirectory
 from solotune.training import checkpoint
 from solotune.training.optimizer import make_optimizer
-from solotune.training.resume import BATCH, CLASSES, compare, fingerprints
+from solotune.training.resume import CLASSES, compare, fingerprints
 
 
 def events(work, kind):
@@ -209,15 +210,20 @@ def test_every_key_has_its_class():
     }
     assert {key for key, kind in CLASSES.items() if kind == "inexact"} == {
         "gradient_checkpointing",
-        "activation_offload",
         "base_residency",
-        "base_offload",
         "torch_compile",
         "cuda_graphs",
         "attn_implementation",
         "use_cpu",
     }
-    assert CLASSES["output_dir"] == CLASSES["eval_steps"] == CLASSES["model_name_or_path"] == "free"
+    assert (
+        CLASSES["output_dir"]
+        == CLASSES["eval_steps"]
+        == CLASSES["model_name_or_path"]
+        == CLASSES["base_offload"]
+        == CLASSES["activation_offload"]
+        == "free"
+    )
 
 
 def other_value(key, value):
@@ -252,7 +258,11 @@ def test_other_software_and_the_same_step_in_other_parts(workload):
     then = fingerprints(
         workload.ready.config, workload.ready.prepared, workload.ready.machine, workload.ready.model_files
     )
-    split = {**then["config"], BATCH[0]: then["config"][BATCH[0]] // 2, BATCH[1]: then["config"][BATCH[1]] * 2}
+    split = {
+        **then["config"],
+        MICRO_BATCH[0]: then["config"][MICRO_BATCH[0]] // 2,
+        MICRO_BATCH[1]: then["config"][MICRO_BATCH[1]] * 2,
+    }
     assert len(compare(then, {**then, "config": split}, "here")) == 2
     torch_before = {**then, "software": {**then["software"], "torch": "2.0"}}
     assert compare(torch_before, then, "here") == [f"torch was 2.0, is {then['software']['torch']}"]
@@ -262,6 +272,23 @@ def test_other_software_and_the_same_step_in_other_parts(workload):
     other = {**then, "config": paged, "software": {**then["software"], "bitsandbytes": "0.1"}}
     with pytest.raises(IntegrityError, match="bitsandbytes"):
         compare(other, {**then, "config": paged}, "here")
+
+
+def test_another_number_of_ranks_continues_with_the_same_rows_in_a_step(workload):
+    ready = workload.ready
+    then = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
+    was = {key: value for key, value in then.items() if key != "world_size"}  # of a version without ranks
+    batch, accumulation = (then["config"][key] for key in MICRO_BATCH)
+    two = {**then, "world_size": 2}
+    assert compare(was, then, "here") == compare(two, two, "here") == []
+    with pytest.raises(IntegrityError) as refused:
+        compare(two, then, "here")
+    assert refused.value.problem == "here: it was trained on 2 ranks, so a step of 1 has other rows than before"
+    assert refused.value.change == f"gradient_accumulation_steps: {2 * accumulation}, or continue on 2 ranks"
+    with pytest.raises(IntegrityError, match=f"settings of these two that make {batch * accumulation} rows"):
+        compare(was, {**then, "world_size": 3}, "here")
+    more = {**then, "config": {**then["config"], MICRO_BATCH[1]: 2 * accumulation}}
+    assert compare(two, more, "here")[1] == "the number of ranks was 2, is 1: sums are rounded in another order"
 
 
 def test_an_inexact_resume_says_so_in_metrics_and_log(work):

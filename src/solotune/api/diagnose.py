@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from solotune.api.report import keep_result
 from solotune.api.types import ConfigSource
 from solotune.display.notebook import showing
 from solotune.display.progress import Display
@@ -26,7 +27,8 @@ def diagnose(
     display: Display | None = None,
     base: str | None = None,
 ) -> Diagnosis:
-    """Find the cause of a bad run. For a solotune run, the result is also saved in its diagnosis.json.
+    """Find the cause of a bad run. For a solotune run, the result is saved in its diagnosis.json too, and
+    shown in its report.html.
 
         diagnosis = solotune.diagnose("runs/demo")
         print(diagnosis.verdict)  # fault, healthy or undecided
@@ -47,7 +49,7 @@ def diagnose(
 
     Raises:
         InputError: the target is not a config, a run, or a trainer's output folder or log.
-        StorageError: diagnosis.json cannot be written.
+        StorageError: the disk is full. In a folder that may only be read nothing is saved, and a note says so.
     """
     from solotune.diagnosis import run_diagnosis
     from solotune.diagnosis.sources.detect import open_run, run_facts_of
@@ -56,7 +58,6 @@ def diagnose(
         chosen.phase("reading config, run and files")
         facts = run_facts_of(target, overrides, config, dataset, base)
         found = run_diagnosis.examine(facts, deep, budget, chosen.phase, chosen.progress)
-    if run := open_run(target):
-        run.write_json("diagnosis.json", found.to_json())
-        run.update_manifest("diagnosis.json")
+        if run := open_run(target):
+            keep_result(run, "diagnosis.json", found.to_json(), chosen)
     return found

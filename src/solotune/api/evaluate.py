@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.api.report import keep_result
 from solotune.api.types import Overrides
 from solotune.config.load import load_config, override_values
 from solotune.config.write import yaml_value
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     from solotune.dataset import Prepared
     from solotune.evaluation.compare import Evaluation
     from solotune.evaluation.scores import Score
+    from solotune.evaluation.standard_tasks import LoadedTasks, TaskRequest
+    from solotune.evaluation.task_scores import TaskScore
     from solotune.model.loading import TrainableModel
+    from solotune.training.trained_run import TunedRun
 
 
 EVALUATION_KEYS = ("metrics", "metrics_rows", "num_samples", "max_new_tokens", "per_device_eval_batch_size")
@@ -30,8 +35,20 @@ EVALUATION_KEYS = ("metrics", "metrics_rows", "num_samples", "max_new_tokens", "
 
 
 @quiet_libraries()
-def evaluate(run: str | Path, display: Display | None = None, overrides: Overrides = (), **keys: Any) -> Evaluation:
-    """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json.
+def evaluate(
+    run: str | Path,
+    display: Display | None = None,
+    overrides: Overrides = (),
+    *,
+    tasks: str | Sequence[str] = (),
+    include_path: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    **keys: Any,
+) -> Evaluation:
+    """Compare the tuned model of a run with its base on the held-out rows; replaces evaluation.json and
+    report.html.
 
         result = solotune.evaluate("runs/demo", metrics=["choice"])
         print(result.to_json()["difference"], result.metrics["choice"].p_value)
@@ -40,18 +57,32 @@ def evaluate(run: str | Path, display: Display | None = None, overrides: Overrid
         run: a run directory.
         overrides: `key=value` strings, or a mapping of keys: metrics, metrics_rows, num_samples, max_new_tokens and
             per_device_eval_batch_size replace those of the run.
-        keys: the same as keywords; they win.
+        tasks: standard tasks that both models are also asked, by lm_eval (`pip install solotune[lm-eval]`): names of
+            tasks, groups or tags, or task files.
+        include_path: a folder with task files of your own. The functions that a task file names are run.
+        limit: documents of each task, or (below 1) the share of them.
+        num_fewshot: solved examples before each question; default: as the task says.
+        chat_template: ask the tasks through the chat template, with the system prompt of the training.
+        keys: the same as `overrides`, as keywords; they win.
 
     Raises:
-        InputError: there is no run, it held out no rows, or a metric cannot be used.
+        InputError: there is no run, it held out no rows, or a metric or task cannot be used.
         IntegrityError: the held-out rows or the base model have changed since the run.
         DeviceError: the GPU failed, or its memory is full.
+        StorageError: the disk is full. In a folder that may only be read nothing is replaced, and a note says so.
     """
+    from solotune.evaluation.standard_tasks import TaskRequest
+
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    folder = None if include_path is None else str(include_path)
+    asked = TaskRequest([name.strip() for name in names if name.strip()], folder, limit, num_fewshot, chat_template)
     with showing(display) as chosen:
-        return _evaluate(run, chosen, overrides, keys)
+        return _evaluate(run, chosen, overrides, keys, asked)
 
 
-def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dict[str, Any]) -> Evaluation:
+def _evaluate(
+    run: str | Path, display: Display, overrides: Overrides, keys: dict[str, Any], asked: TaskRequest
+) -> Evaluation:
     from solotune.hardware.gpu_errors import device_errors
     from solotune.training.trained_run import TunedRun
 
@@ -59,6 +90,7 @@ def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dic
     path = found.directory.path
     config = _with_changes(found.config, overrides, keys, display, path)
     display.choices(found.choices)
+    tasks = _load_tasks(asked, found, display) if asked.names else None
     display.phase("reading data")
     prepared = found.prepare()
     if not prepared.validation:
@@ -66,10 +98,55 @@ def _evaluate(run: str | Path, display: Display, overrides: Overrides, keys: dic
     display.phase("loading model")
     with device_errors(config.memory):
         model = found.load(display.progress)
+        display.choices(found.choices_of(model))
         result = compare(model, found.tokenizer, prepared, config.evaluation, None, display)
-    found.directory.write_json("evaluation.json", result.to_json())
-    found.directory.update_manifest("evaluation.json")
+        if tasks is not None:
+            result = replace(result, tasks=_run_tasks(tasks, model, found, prepared, config, display))
+    keep_result(found.directory, "evaluation.json", result.to_json(), display)
     return result
+
+
+def _load_tasks(asked: TaskRequest, found: TunedRun, display: Display) -> LoadedTasks:
+    """The tasks with their documents.
+
+    Raises:
+        InputError: one cannot be used.
+    """
+    from solotune.evaluation.standard_tasks import load_tasks
+
+    display.phase("loading tasks")
+    has_template = found.tokenizer.chat_template is not None
+    if asked.is_chat and not has_template:
+        raise InputError("--apply-chat-template: the model of this run has no chat template", change="leave it out")
+    loaded = load_tasks(asked)
+    if found.prompt_format == "chat" and has_template and not asked.is_chat:
+        why = "the tasks are asked as plain text, but the run was trained on chats"
+        display.note(f"{why}: --apply-chat-template asks them through the chat template")
+    return loaded
+
+
+def _run_tasks(
+    tasks: LoadedTasks,
+    model: TrainableModel,
+    found: TunedRun,
+    prepared: Prepared,
+    config: RunConfig,
+    display: Display,
+) -> list[TaskScore]:
+    from solotune.evaluation.generation import stop_ids
+    from solotune.evaluation.standard_tasks import run_tasks
+
+    return run_tasks(
+        tasks,
+        model,
+        found.tokenizer,
+        stops=stop_ids(model, found.tokenizer, (row.last_loss_token for row in prepared.validation)),
+        batch_size=config.evaluation.batch_size,
+        system_prompt=found.shared_system_prompt,
+        rendered_on=prepared.report.day,
+        progress=display.progress,
+        note=display.note,
+    )
 
 
 def _with_changes(

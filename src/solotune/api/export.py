@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from solotune.api.report import rewrite_page
 from solotune.display.notebook import showing
 from solotune.display.progress import Display
 from solotune.errors import InputError
@@ -40,6 +41,7 @@ def export(
     display: Display | None = None,
 ) -> Export:
     """Export the adapter of a run, or of another trainer, and compare each file with the model that was trained.
+    The report.html of a run shows the comparison.
 
         result = solotune.export("runs/demo")
         print(result.ok, result.to_json()["merge"])
@@ -128,7 +130,10 @@ def _export(
         for kind in plan.kinds:
             job.add(writers[kind](job))
         display.choices(job.choices)
-        return job.result()
+        result = job.result()
+    if own_run is not None:
+        rewrite_page(own_run, display)
+    return result
 
 
 def _names(option: str, given: str | Sequence[str], allowed: Sequence[str] | None = None) -> list[str]:

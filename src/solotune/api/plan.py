@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from solotune.api.python_config import config_of
 from solotune.api.types import ConfigSource, Overrides
-from solotune.config.run_config import RunConfig
+from solotune.config.run_config import BUDGET_SIZE, RunConfig
 from solotune.display.notebook import showing
 from solotune.display.progress import Display
-from solotune.errors import SolotuneError
+from solotune.errors import InputError, SolotuneError
 from solotune.runtime.library_noise import quiet_libraries
 
 if TYPE_CHECKING:
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 @quiet_libraries()
 def plan(
-    config: ConfigSource, overrides: Overrides = (), gpu: str | None = None, display: Display | None = None, **keys: Any
+    config: ConfigSource,
+    overrides: Overrides = (),
+    gpu: str | None = None,
+    display: Display | None = None,
+    host_memory: str | None = None,
+    **keys: Any,
 ) -> Plan:
     """Predict memory and time of a run, and choose settings that fit. Needs no GPU and no weights.
 
@@ -31,16 +37,21 @@ def plan(
 
     Args:
         gpu: name of a GPU to plan for (h100, 4090, ...); default: the one in this machine.
+        host_memory: free memory of the host, such as `64GiB`, for what is streamed; default: this machine's, or not
+            compared for a named GPU.
         keys: keys of the config, as in `solotune.train`.
 
     Raises:
-        InputError: config or model cannot be used, unknown GPU, or a memory_budget larger than its memory.
+        InputError: config or model cannot be used, unknown GPU, a memory_budget larger than its memory, or a
+            host_memory that is no size.
     """
+    if host_memory is not None and not re.fullmatch(BUDGET_SIZE, host_memory):
+        raise InputError("--host-memory: not a size", seen=host_memory, allowed="64GiB, 31.5 GiB or 64GB")
     with showing(display) as chosen:
-        return _plan(config_of(config, overrides, keys), gpu, chosen)
+        return _plan(config_of(config, overrides, keys), gpu, host_memory, chosen)
 
 
-def _plan(config: RunConfig, gpu: str | None, display: Display) -> Plan:
+def _plan(config: RunConfig, gpu: str | None, host_memory: str | None, display: Display) -> Plan:
     from solotune import dataset
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.data_checks import check_rows
@@ -49,6 +60,7 @@ def _plan(config: RunConfig, gpu: str | None, display: Display) -> Plan:
     from solotune.hardware import machine as environment
     from solotune.hub.model_files import resolve_model
     from solotune.planning.plan_inputs import for_card, plan_for
+    from solotune.planning.planner import bytes_of
 
     allowed = certain_faults.allowed_codes(config)
     machine = environment.probe()
@@ -62,7 +74,8 @@ def _plan(config: RunConfig, gpu: str | None, display: Display) -> Plan:
     except SolotuneError as error:
         notes = [f"the data cannot be read: {error.problem}"]
     display.phase("planning")
-    found = plan_for(config, machine, prepared, gpu, model_files)
+    host_bytes = bytes_of(host_memory) if host_memory else None
+    found = plan_for(config, machine, prepared, gpu, model_files, host_bytes)
     run_facts = RunFacts(config.name, solotune_run.settings_of(found.resolved))
     if prepared is not None and tokenizer is not None:
         known = check_rows(config, tokenizer, prepared, model_files)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solotune.errors import InputError
+from solotune.display.observer import RunObserver
+from solotune.errors import InputError, StorageError
 from solotune.regular_files import open_regular
 from solotune.result_repr import ResultRepr
 from solotune.run import atomic_io
 from solotune.run.run_dir import REPORT, RunDirectory
+from solotune.units import first_line
 
 OURS = b'content="solotune '  # in the head of every page: its generator
 HEAD_BYTES = 4096
@@ -65,6 +69,59 @@ def report(run: str | Path, other: str | Path | None = None, *, out: str | Path 
     if path == opened[0].path / REPORT:
         opened[0].update_manifest(REPORT)
     return Report(path, len(html.encode()), paths)
+
+
+def keep_result(run: RunDirectory, name: str, content: Mapping[str, Any], display: RunObserver) -> None:
+    """Save a result in a run, and write the page that shows it again. A run that may only be read stays as it is, and a
+    note says so: the caller has the result.
+
+    Raises:
+        StorageError: the disk is full, say.
+    """
+    try:
+        run.write_json(name, content)
+        run.update_manifest(name)
+    except StorageError as error:
+        if not _is_read_only(error):
+            raise
+        display.note(f"{name} and {REPORT} stay as they were: {error.problem}: {error.seen}")
+        return
+    rewrite_page(run, display)
+
+
+def rewrite_page(run: RunDirectory, display: RunObserver, is_over: bool = False) -> None:
+    """Write the page of a run after its files have changed, unless a process that trains it will write it at its end.
+
+    The run is complete without it, so a page that cannot be made is a note.
+
+    Args:
+        is_over: this process has trained the run, and still holds its lock.
+
+    Raises:
+        StorageError: the disk is full, say.
+    """
+    if not is_over and run.is_locked():
+        return
+    from solotune.report_page.build import build_page
+
+    try:
+        html = build_page(run.path)
+    except Exception as error:
+        display.note(f"{REPORT} was not written: {first_line(error, with_type=True)}; all other results are saved")
+        return
+    try:
+        atomic_io.write_whole(run.path / REPORT, html)
+        run.update_manifest(REPORT)
+    except StorageError as error:
+        if not _is_read_only(error):
+            raise
+        display.note(f"{REPORT} stays as it was: {error.problem}: {error.seen}")
+        return
+    display.note(f"report: {run.path / REPORT}")
+
+
+def _is_read_only(error: StorageError) -> bool:
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _destination(runs: list[RunDirectory], out: str | Path | None) -> Path:

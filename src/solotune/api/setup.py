@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from solotune.config.write import to_yaml
 from solotune.dataset import packing, sampler
 from solotune.diagnosis import certain_faults
 from solotune.diagnosis.data_checks import check_rows
-from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.rules import GrowingRun
 from solotune.errors import InputError
 from solotune.hardware import doctor
 from solotune.hardware.gpu_errors import device_errors
@@ -31,6 +32,7 @@ from solotune.run.output_dir import check_destination
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, nearest_folder
 from solotune.runtime import watchdog
+from solotune.runtime.world import ALONE, World
 from solotune.trackers.libraries import require as require_trackers
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
@@ -40,7 +42,6 @@ from solotune.version import __version__
 
 if TYPE_CHECKING:
     from solotune.dataset import Prepared
-    from solotune.diagnosis.evidence import Signal
     from solotune.diagnosis.findings import Finding
     from solotune.diagnosis.run_facts import RunFacts
     from solotune.display.observer import RunObserver
@@ -65,43 +66,55 @@ class PreparedRun:
     model: TrainableModel
     preflight: Preflight | None  # measurements of the largest step; None if it was not tried
     run_facts: RunFacts  # for the diagnosis during the run
-    signals: list[Signal]  # of the rules before the first step
+    rules: GrowingRun  # the rules on `run_facts`, asked once before the first step
 
     def plan_json(self) -> dict[str, Any]:
         return {"predicted": self.plan.to_json(), "preflight": self.preflight and asdict(self.preflight)}
 
 
-def check(config: RunConfig, machine: Machine, resume: bool) -> ModelFiles:
+def check(config: RunConfig, machine: Machine, resume: bool, world: World = ALONE) -> ModelFiles:
     """Check machine, run directory, disk and model folder: everything that needs no data. Returns the model's files.
+
+    Only rank 0 needs a run directory and trackers.
 
     Raises:
         SolotuneError: a check failed.
     """
     doctor.require_hardware(machine, base_precision=config.base_precision, optim=config.optim, use_cpu=config.use_cpu)
-    resuming.check_given(config.resume_from_checkpoint)
-    require_trackers(config.trackers)
-    check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
-    if not resume:
-        RunDirectory.refuse_occupied(config.output_dir)
-    disk_space.require_writable(_folder_of(config.output_dir))
+    if world.is_owner:
+        resuming.check_given(config.resume_from_checkpoint)
+        require_trackers(config.trackers)
+        check_destination(config.output_dir, config.source_of("output_dir"), config.model_name_or_path)
+        if not resume:
+            RunDirectory.refuse_occupied(config.output_dir)
+        disk_space.require_writable(_folder_of(config.output_dir))
     model_files = resolve_model(config)
     empty_model.check_model(config, model_files)
     return model_files
 
 
+def rendering_day(config: RunConfig, resume: bool) -> str | None:
+    """The date on which the rows of the run to continue were rendered (2026-01-31); None for a new run."""
+    run = resuming.continued(config.output_dir) if resume else None
+    day = resuming.recorded_day(config.resume_from_checkpoint, run)
+    return day.isoformat() if day else None
+
+
 def read_data(
-    config: RunConfig, model_files: ModelFiles, resume: bool, display: RunObserver
+    config: RunConfig, model_files: ModelFiles, day: str | None, display: RunObserver
 ) -> tuple[Any, Prepared, list[Finding]]:
     """Load the tokenizer, prepare the rows and check them with the rules; findings are shown.
+
+    Args:
+        day: see `rendering_day`.
 
     Raises:
         InputError: no tokenizer, rows that cannot be used, or token ids outside the embedding (F05).
     """
     tokenizer = dataset.load_tokenizer(config, model_files)
     display.phase("reading data")
-    run = resuming.continued(config.output_dir) if resume else None
-    day = resuming.recorded_day(config.resume_from_checkpoint, run)
-    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=day)
+    rendered_on = date.fromisoformat(day) if day else None
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
     check_metrics(config, tokenizer, prepared)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
@@ -128,22 +141,22 @@ def plan(
     return result
 
 
-def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> list[Signal]:
-    """Ask the rules before the first step, and stop for what is certain; their signals.
+def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> GrowingRun:
+    """Ask the rules before the first step, and stop for what is certain.
 
     A run that goes on from a checkpoint is not stopped.
 
     Raises:
         CheckError: a fault is certain, and `allow_faults` does not name it.
     """
-    signals, allowed = ask_all(run_facts)[0], certain_faults.allowed_codes(config)
-    found = certain_faults.of_run(run_facts, signals)
+    rules, allowed = GrowingRun(run_facts), certain_faults.allowed_codes(config)
+    found = certain_faults.of_run(run_facts, rules.signals())
     refusal = certain_faults.refusal(found, allowed)
     if refusal is not None and not _goes_on(config, resume):
         raise refusal
     if names := ", ".join(f"{finding.code} {finding.slug}" for finding in found if finding.code in allowed):
         display.note(f"allow_faults: training in spite of {names}")
-    return signals
+    return rules
 
 
 def _goes_on(config: RunConfig, resume: bool) -> bool:
@@ -167,6 +180,7 @@ def load_model(
     prepared: Prepared,
     resume: bool,
     display: RunObserver,
+    world: World = ALONE,
 ) -> TrainableModel:
     """Load the base with new adapters, and check that the disk has space for the run's files.
 
@@ -174,6 +188,8 @@ def load_model(
         SolotuneError: the model does not load, or there is not enough disk space.
     """
     model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
+    if not world.is_owner:
+        return model
     previous = resuming.continued(config.output_dir) if resume else None
     existing = len(checkpoint.list_checkpoints(previous.checkpoints)) if previous else 0
     disk_space.require_room(
@@ -183,9 +199,9 @@ def load_model(
 
 
 def try_largest_step(
-    config: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver
+    config: RunConfig, model: TrainableModel, prepared: Prepared, display: RunObserver, world: World = ALONE
 ) -> Preflight | None:
-    """Run the largest step once and measure it; None if the config skips it.
+    """Run the largest step once and measure it; None if the config skips it. Only rank 0 saves a checkpoint of it.
 
     Raises:
         SolotuneError: the step failed.
@@ -193,9 +209,8 @@ def try_largest_step(
     if config.preflight is True or (config.preflight == "auto" and model.device.type == "cuda"):
         display.phase("trying the largest step")
         with device_errors(config.memory):
-            return preflight.preflight(
-                model, prepared.train, prepared.validation, config, _folder_of(config.output_dir)
-            )
+            folder = _folder_of(config.output_dir) if world.is_owner else None
+            return preflight.preflight(model, prepared.train, prepared.validation, config, folder)
     return None
 
 
@@ -219,14 +234,25 @@ def write_initial_files(
         # a resumed run keeps its name: it may be continued by the copy of the config in its folder
         CONFIG_NAME: recorded_name(RunRecord(run.path, ())) or ready.config.name,
         "choices": [choice._asdict() for choice in ready.choices],
+        **_world_size(ready.config),
     }
     run.write_json("environment.json", {**ready.machine.to_json(), **created_by})
     run.write_json(FINGERPRINTS, fingerprints)
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
-    summary = _summary(ready)
-    display.note(_parameters_in_words(summary))
+    if ready.machine.num_gpus > 1 and ready.config.ranks == 1 and ready.model.device.type == "cuda":
+        display.note(
+            f"this machine has {ready.machine.num_gpus} GPUs, and this run uses one of them. On all of them: torchrun "
+            f"--nproc-per-node={ready.machine.num_gpus} -m solotune train CONFIG"
+        )
+    run_summary = summary(ready)
+    if ready.config.ranks > 1:
+        batches = ready.config.batches
+        rows = batches.batch_size * batches.accumulation * batches.ranks
+        parts = f"{batches.batch_size} x {batches.accumulation} on each of {batches.ranks} ranks"
+        display.note(f"ranks: {batches.ranks}; a step has {rows} {'packs' if batches.packing else 'rows'} ({parts})")
+    display.note(_parameters_in_words(run_summary))
     for line in ready.model.adapter_coverage().in_words():
         display.note(line)
     for name, words in report.notes().items():
@@ -236,11 +262,15 @@ def write_initial_files(
     display.note(_plan_in_words(ready.plan))
     display.planned(ready.plan.option.footprint.peak_bytes)
     if resume_point is None:
-        run.log(StartEvent(step=0, **summary))
+        run.log(StartEvent(step=0, **run_summary))
     else:
         run.log(
             ResumeEvent(
-                resume_point.point.step, not resume_point.inexact, resume_point.inexact, resume_point.passed_over
+                resume_point.point.step,
+                not resume_point.inexact,
+                resume_point.inexact,
+                resume_point.passed_over,
+                **_world_size(ready.config),
             )
         )
         for line in resume_point.in_words():
@@ -248,10 +278,10 @@ def write_initial_files(
     if ready.preflight:
         display.note(ready.preflight.in_words(ready.plan.option.footprint.peak_bytes))
         run.log(PreflightEvent(**asdict(ready.preflight)))
-    return summary
+    return run_summary
 
 
-def _summary(ready: PreparedRun) -> dict[str, Any]:
+def summary(ready: PreparedRun) -> dict[str, Any]:
     """Rows, steps and parameters of the run; `trainable_fits` lists the adapters with the same parameter count."""
     model, config, prepared = ready.model, ready.config, ready.prepared
     trainable, parameters = model.num_trainable, model.num_parameters
@@ -271,7 +301,13 @@ def _summary(ready: PreparedRun) -> dict[str, Any]:
         "base_bytes": frozen_linear.stored_bytes(model.module),
         "device": model.device.type,
         "adapters": model.adapter_coverage().to_json(),
+        **_world_size(config),
     }
+
+
+def _world_size(config: RunConfig) -> dict[str, Any]:
+    """The ranks of a run that has several, for its records."""
+    return {"world_size": config.ranks} if config.ranks > 1 else {}
 
 
 def _parameters_in_words(summary: dict[str, Any]) -> str:

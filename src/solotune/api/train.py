@@ -1,35 +1,40 @@
 """`solotune train`: a whole run, step by step.
 
     prepare_run   resolve the config, check, read the data, plan, load the model, try the largest step; writes nothing
-    _train        record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
+    _lead         record, train, save the adapter, evaluate, diagnose, write report.html and the manifest
+    _take_part    in place of _lead on ranks other than 0, which write nothing (`ranks`): train
 
 The stages of `prepare_run` and the files written before the first step are in `setup`; the loop is `training.loop`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from solotune.api import ranks
 from solotune.api.evaluate import compare
 from solotune.api.python_config import config_of
+from solotune.api.report import rewrite_page
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import Choice, RunConfig
 from solotune.display.notebook import showing
-from solotune.display.observer import Observers, Resilient, RunObserver
-from solotune.display.progress import Display, PlainDisplay, make_console
-from solotune.errors import InterruptedRunError, RunNote, program
+from solotune.display.observer import Observers, Resilient, RunObserver, SilentObserver
+from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
+from solotune.errors import InterruptedRunError, RankError, RunNote, SolotuneError, program
 from solotune.result_repr import ResultRepr, Table
-from solotune.run.atomic_io import LogFile, whole_folder, write_whole
+from solotune.run.atomic_io import LogFile, append_line, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
 from solotune.run.history import history_of
 from solotune.run.record import RunRecord
-from solotune.run.run_dir import LOG, REPORT, STACKS, RunDirectory
+from solotune.run.run_dir import LOG, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
+from solotune.runtime.heartbeat import RankLost, rank_error
 from solotune.runtime.library_noise import quiet_libraries
-from solotune.units import first_line
+from solotune.runtime.world import ALONE, World, joined
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from solotune.diagnosis.evidence import Diagnosis
     from solotune.evaluation.compare import Evaluation
     from solotune.evaluation.scores import Score
+    from solotune.runtime.signals import StopRequested
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,8 +102,10 @@ def train(
 
     Ctrl-C, or the stop button of a notebook, saves a checkpoint at the next step; the error says how to continue.
 
+    Started by torchrun in several processes, it trains on their GPUs together: rank 0 writes and shows everything.
+
     Raises:
-        InputError: config, data or model cannot be used.
+        InputError: config, data or model cannot be used; or the ranks differ.
         CheckError: the machine is not fit, the run does not fit in memory, or a fault is certain before the first step
             and `allow_faults` does not name it. Nothing is written.
         DirectoryInUseError: `output_dir` has a run already, or another process writes there.
@@ -106,22 +114,39 @@ def train(
         DeviceError: the GPU failed, or its memory is full.
         StorageError: a file cannot be written.
         InterruptedRunError: the run was stopped; `change` says how to continue.
+        RankError: another rank failed, died or hangs; `change` says how to continue.
     """
-    checked = config_of(config, overrides, keys)
+    world = World.of_environment(os.environ)
+    checked = config_of(config, overrides, keys).on_ranks(world.size)
+    resume = resume or world.restarts > 0
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
     doctor.require_torch()
+    display = display if world.is_owner else SilentDisplay()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
-        try:
-            return _train(checked, resume, user_display)
-        except signals.StopRequested as stop:
-            problem = f"stopped while {user_display.stage}; there is nothing to save yet"
-            raise InterruptedRunError(stop.number, problem, "start it again") from None
+        with joined(world, ranks.departure_of):
+            try:
+                ranks.start(world, checked, resume)
+                return _train(checked, resume, user_display, world)
+            except signals.StopRequested as stop:
+                raise _stopped_early(world.why(stop), user_display.stage) from None
 
 
-def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> PreparedRun:
+def _stopped_early(stop: StopRequested, stage: str) -> SolotuneError:
+    """The error of a run that is stopped before there is anything to save."""
+    if isinstance(stop, RankLost):
+        return rank_error(stop.lost, None, "start all ranks again")
+    return InterruptedRunError(stop.number, f"stopped while {stage}; there is nothing to save yet", "start it again")
+
+
+def _stopped_with_adapter(stop: StopRequested, stage: str, run: RunDirectory) -> InterruptedRunError:
+    change = f"compare it with its base model: {program()} evaluate {run.path}"
+    return InterruptedRunError(stop.number, f"stopped while {stage}; the adapter is saved", change)
+
+
+def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: World = ALONE) -> PreparedRun:
     """Do everything that may refuse a run, the cheapest checks first. Nothing is written yet.
 
     Raises:
@@ -130,23 +155,29 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
     from solotune.api import setup
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
+    from solotune.training import resume as resuming
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
     checked, machine, choices = trained_run.resolve_for_machine(config)
-    model_files = setup.check(checked, machine, resume)
-    tokenizer, prepared, findings = setup.read_data(checked, model_files, resume, display)
+    checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
+    machine = machine.shared_by(len(world.local_ranks))
+    model_files = setup.check(checked, machine, resume, world)
+    day = world.told(lambda: setup.rendering_day(checked, resume))
+    with world.one_after_another():
+        tokenizer, prepared, findings = setup.read_data(checked, model_files, day, display)
+    ranks.require_rows(world, checked, prepared)
     plan = setup.plan(checked, model_files, machine, prepared, display)
-    checked = plan.resolved
+    checked = ranks.with_plan_of_rank_0(world, checked, plan.resolved)
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
-    signals = setup.stop_before_harm(checked, run_facts, resume, display)
+    rules = setup.stop_before_harm(checked, run_facts, resume, display)
     model_files = setup.fetch_weights(model_files, display)
-    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display)
-    preflight = setup.try_largest_step(checked, model, prepared, display)
+    model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display, world)
+    preflight = setup.try_largest_step(checked, model, prepared, display, world)
     return setup.PreparedRun(
         config=checked,
         machine=machine,
-        choices=[*choices, *plan.choices, *model.choices],
+        choices=[*choices, *kept, *plan.choices, *model.choices],
         model_files=model_files,
         tokenizer=tokenizer,
         prepared=prepared,
@@ -154,26 +185,38 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver) -> Prepar
         model=model,
         preflight=preflight,
         run_facts=run_facts,
-        signals=signals,
+        rules=rules,
     )
 
 
-def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainResult:
-    """Prepare, open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
+def _train(config: RunConfig, resume: bool, user_display: Resilient, world: World) -> TrainResult:
+    """Prepare the run; then lead it, or take part in it."""
+    from solotune.training.resume import fingerprints, which_run
+
+    if resume:
+        config = ranks.run_to_continue(world, config)
+        user_display.note(which_run(config))
+    ready = prepare_run(config, resume, user_display, world)
+    run_fingerprints = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
+    ranks.require_same_run(world, run_fingerprints)
+    if world.is_owner:
+        return _lead(ready, run_fingerprints, resume, user_display, world)
+    return _take_part(ready, run_fingerprints, world)
+
+
+def _lead(
+    ready: PreparedRun, run_fingerprints: dict[str, Any], resume: bool, user_display: Resilient, world: World
+) -> TrainResult:
+    """Open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
     from solotune.api import setup
     from solotune.diagnosis.monitor import Monitor
     from solotune.hardware.gpu_errors import device_failure
     from solotune.runtime import signals, watchdog
     from solotune.trackers.observer import Trackers
     from solotune.training import checkpoint, loop
-    from solotune.training.resume import fingerprints, open_run, run_to_continue, which_run
+    from solotune.training.resume import open_run
 
-    if resume:
-        config = run_to_continue(config)
-        user_display.note(which_run(config))
-    ready = prepare_run(config, resume, user_display)
-    config, prepared, model = ready.config, ready.prepared, ready.model
-    run_fingerprints = fingerprints(config, prepared, ready.machine, ready.model_files)
+    config, rows, model = ready.config, ready.prepared, ready.model
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
@@ -183,30 +226,33 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-        told = Observers(RunLog(run), display)
-        monitor = Monitor(model, ready.run_facts, told, RunRecord.read(run.path), ready.signals)
+        record, told = RunRecord.read(run.path), Observers(RunLog(run), display)
+        monitor = Monitor(model, ready.run_facts, told, record, ready.rules)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
-        start = resume_point.point if resume_point else None
+        _, start = ranks.share_start(world, run.path, resume_point)
         with signals.defer_signals():
             tuned_score = loop.train(
-                model, prepared.train, prepared.validation, config, run, observer, start, run_fingerprints
+                model, rows.train, rows.validation, config, run, observer, start, run_fingerprints, world
             )
+            world.disconnect()
             _write_adapter(run, ready)
 
-        evaluation = _evaluate(run, ready, tuned_score, display) if prepared.validation else None
+        evaluation = _evaluate(run, ready, tuned_score, display) if rows.validation else None
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
-        _write_report(run, display)
+        rewrite_page(run, display, is_over=True)
         log.close()
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, evaluation)
     except signals.StopRequested as stop:
         if not run.adapter.is_dir():
             raise
-        problem = f"stopped while {user_display.stage}; the adapter is saved"
-        change = f"compare it with its base model: {program()} evaluate {run.path}"
-        raise InterruptedRunError(stop.number, problem, change) from None
+        raise _stopped_with_adapter(stop, user_display.stage, run) from None
+    except RankError as error:
+        if error.traceback:
+            append_line(run.path / LOG, error.traceback)
+        raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
         if failure := device_failure(error, config.memory, run.path, checkpoint.newest(run.checkpoints)):
@@ -218,6 +264,28 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient) -> TrainRes
         run.release()
         trackers.close("failed")  # nothing if it is closed
         log.close()
+
+
+def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: World) -> TrainResult:
+    """Train as a rank that writes nothing."""
+    from solotune.api import setup
+    from solotune.hardware.gpu_errors import device_failure
+    from solotune.runtime import signals
+    from solotune.training import loop
+
+    config, rows = ready.config, ready.prepared
+    path, point = ranks.share_start(world, Path(), None)
+    run = RunDirectory(path)
+    observer = Resilient(SilentObserver())
+    try:
+        with signals.defer_signals():
+            loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
+            world.disconnect()
+    except Exception as error:
+        if failure := device_failure(error, config.memory, run.path):
+            raise failure from error
+        raise
+    return TrainResult(run.path, setup.summary(ready), ready.choices, None)
 
 
 def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
@@ -251,19 +319,6 @@ def _write_diagnosis(run: RunDirectory, diagnosis: Diagnosis, display: RunObserv
     display.note(
         f"diagnosis: {message.summary(diagnosis)} (model probes not run; solotune diagnose {run.path} runs them)"
     )
-
-
-def _write_report(run: RunDirectory, display: RunObserver) -> None:
-    """Write report.html. The run is complete without it: a page that cannot be made is a note, a full disk an error."""
-    from solotune.report_page.build import build_page
-
-    try:
-        html = build_page(run.path)
-    except Exception as error:
-        display.note(f"{REPORT} was not written: {first_line(error, with_type=True)}; all other results are saved")
-        return
-    write_whole(run.path / REPORT, html)
-    display.note(f"report: {run.path / REPORT}")
 
 
 def _write_adapter(run: RunDirectory, ready: PreparedRun) -> None:

@@ -16,6 +16,7 @@ import sys
 
 import click
 
+from solotune.cli.evaluate_command import evaluate
 from solotune.cli.export_command import export
 from solotune.cli.options import config_arguments, json_option
 from solotune.cli.output import console, print_json, print_result, shown
@@ -149,23 +150,35 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
 @click.option(
     "--gpu", metavar="NAME", help="GPU to plan for: h100, a100-80, l4, 4090, ... (default: the one in this machine)."
 )
+@click.option("--host-memory", metavar="SIZE", help="Free RAM of the host with --gpu, for layers that stream: 64GiB.")
 @json_option
 @click.pass_context
-def plan(ctx: click.Context, config: str, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
+def plan(
+    ctx: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    gpu: str | None,
+    host_memory: str | None,
+    as_json: bool,
+) -> None:
     """Predict memory and time of a run before it starts.
 
     Shows peak memory by category, seconds, and which settings solotune chose for you, and why. Needs no GPU and no
     weights. If it does not fit, the smallest change that makes it fit is shown (exit code 3).
 
+    Frozen layers that do not fit on the GPU stream from host memory (base_offload). It is then shown how much of it the
+    run pins, how much it may, and how fast the link is: measured for the GPU in this machine, else the usual one.
+
     \b
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
+      solotune plan solotune.yaml --gpu l4 --host-memory 64GiB
     """
     with shown() as display:
         from solotune.api.plan import plan
         from solotune.cli.results import print_plan
 
-        found = plan(config, overrides, gpu, display=display)
+        found = plan(config, overrides, gpu, display=display, host_memory=host_memory)
     print_result(found, print_plan, as_json)
     ctx.exit(0 if found.fits and not found.is_fault else 3)
 
@@ -200,30 +213,7 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
 solotune.add_command(watch)
 
 
-@solotune.command()
-@click.argument("run")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--gate", is_flag=True, help="Exit with 3 unless the tuned model is better than its base.")
-@json_option
-@click.pass_context
-def evaluate(ctx: click.Context, run: str, overrides: tuple[str, ...], gate: bool, as_json: bool) -> None:
-    """Compare the model of a RUN with its base on held-out rows.
-
-    RUN is a run directory. Shows the loss per trained token and exact match, with standard errors, a paired test of the
-    difference, and answers side by side. KEY=VALUE adds scores of the answers (metrics=[json]) or changes num_samples,
-    max_new_tokens, metrics_rows and per_device_eval_batch_size.
-
-    \b
-    Example:
-      solotune evaluate runs/solotune-20260101-120000
-    """
-    with shown() as display:
-        from solotune.api.evaluate import evaluate
-        from solotune.cli.results import print_evaluation
-
-        result = evaluate(run, display, overrides)
-    print_result(result, print_evaluation, as_json)
-    ctx.exit(3 if gate and result.verdict != "better" else 0)
+solotune.add_command(evaluate)
 
 
 @solotune.command()

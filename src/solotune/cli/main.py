@@ -24,10 +24,19 @@ import click
 from solotune.cli.commands import solotune
 from solotune.cli.output import open_closed_streams, print_json, stdout_for_json_only
 from solotune.config.secrets import without_secrets
-from solotune.errors import EXIT_CODES, CheckError, InterruptedRunError, SolotuneError, StorageError, run_dir_of
+from solotune.errors import (
+    EXIT_CODES,
+    CheckError,
+    InterruptedRunError,
+    RankError,
+    SolotuneError,
+    StorageError,
+    run_dir_of,
+)
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
 from solotune.runtime.library_noise import quieten
+from solotune.runtime.world import end_process, rank_of
 from solotune.units import escape_terminal, first_line
 from solotune.version import __version__
 
@@ -47,18 +56,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_ours
     ):  # before torch is loaded; on a busy machine, threads that wait without sleeping take the time of all others
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    watched = watchdog.watched() if is_ours and given[:1] == ["train"] else contextlib.nullcontext()
+    trains = given[:1] == ["train"]
+    watched = watchdog.watched() if is_ours and trains else contextlib.nullcontext()
+    rank = rank_of(os.environ) if trains else None
     try:
-        with signals.handle_signals(is_ours), watched:
+        has_launcher = trains and (rank is not None or "TORCHELASTIC_RUN_ID" in os.environ)
+        with signals.handle_signals(is_ours, has_launcher, bool(rank)), watched:
             open_closed_streams()
             quieten()
-            code = _run(given, as_json)
-            return StorageError.exit_code if _loses_output() and code == 0 else code
+            code = _run_as_rank(given, rank) if rank else _run(given, as_json)
+            code = StorageError.exit_code if _loses_output() and code == 0 else code
     except signals.StopRequested as stop:  # before or after the command itself
-        return 128 + stop.number
+        code = 128 + stop.number
+    if is_ours and rank is not None:
+        end_process(code)
+    return code
 
 
-def _run(given: list[str], as_json: bool) -> int:
+def _run_as_rank(given: list[str], rank: int) -> int:
+    """Run `train` as a rank other than 0: it prints only errors of its own, since rank 0 says everything else."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        return _run([argument for argument in given if argument != "--json"], False, rank)
+
+
+def _run(given: list[str], as_json: bool, rank: int = 0) -> int:
     try:
         stdout = stdout_for_json_only() if as_json else contextlib.nullcontext()
         with stdout, solotune.make_context("solotune", given) as ctx:
@@ -73,10 +94,18 @@ def _run(given: list[str], as_json: bool) -> int:
         usage = error.ctx.get_usage() if error.ctx is not None else ""
         return _fail(2, error.format_message(), as_json, after=usage)
     except InterruptedRunError as stop:
+        if rank:
+            return stop.exit_code
         return _fail(stop.exit_code, stop.in_sentences(), as_json, stop.to_json(), label="")
     except SolotuneError as error:
-        return _fail(error.exit_code, str(error), as_json, error.to_json())
+        if rank and isinstance(error, RankError) and error.rank:
+            return error.exit_code
+        return _fail(
+            error.exit_code, str(error), as_json, error.to_json(), label=f"{f'rank {rank}: ' * bool(rank)}error:"
+        )
     except signals.StopRequested as stop:
+        if rank:
+            return 128 + stop.number
         return _fail(128 + stop.number, f"Stopped by {stop}.", as_json, label="")
     except KeyboardInterrupt as error:
         return _fail(130, f"Interrupted{f': {error}' if str(error) else ''}.", as_json, label="")

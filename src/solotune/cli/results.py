@@ -16,11 +16,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from solotune.cli.task_table import print_tasks
 from solotune.diagnosis import message
 from solotune.diagnosis.findings import SEVERITY_WORDS
 from solotune.display.progress import print_choices, print_columns
 from solotune.errors import program
-from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, format_step_time, plus_minus
+from solotune.run.run_dir import REPORT
+from solotune.units import escape_terminal, format_bytes, plus_minus
 
 if TYPE_CHECKING:
     from solotune.api.data import DataPreview, ShownRow
@@ -207,6 +209,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(Text(evaluation.verdict_in_words, f"bold {style}".strip()), soft_wrap=not console.is_terminal)
     for line in evaluation.answers_in_words:
         console.print(Text(line, "dim"), soft_wrap=not console.is_terminal)
+    if evaluation.tasks:
+        print_tasks(evaluation.tasks, console)
     for number, sample in enumerate(evaluation.samples, start=1):
         _print_sample(number, sample, console)
 
@@ -253,7 +257,7 @@ def _print_sample(number: int, sample: Sample, console: Console) -> None:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Bytes by category, seconds, the settings chosen and why, and whether the run fits."""
-    memory, seconds = plan.option.footprint, plan.option.seconds
+    memory = plan.option.footprint
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -264,14 +268,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_section()
     table.add_row(Text(f"peak ({memory.moment})", "bold"), Text(format_bytes(memory.peak_bytes, digits=2), "bold"))
     table.add_row("budget", format_bytes(plan.budget.bytes, digits=2))
+    if host := plan.host_memory():
+        table.add_section()
+        for name, size in host:
+            table.add_row(name, format_bytes(size, digits=2))
     console.print(table)
-    facts = {
-        "load": format_duration(seconds.load),
-        "first step": format_duration(seconds.first_step),
-        "step": f"{format_step_time(seconds.step)}, {format_rate(seconds.tokens_per_second)}",
-        "total": format_duration(seconds.total) if seconds.total is not None else "",
-    }
-    _print_facts({key: value for key, value in facts.items() if value}, console)
+    _print_facts(plan.times(), console)
     if plan.choices:
         console.print()
         print_choices(plan.choices, console)
@@ -337,6 +339,8 @@ def print_trained(result: TrainResult, console: Console) -> None:
         print_evaluation(result.evaluation, console)
     console.print()
     facts = {"run": str(result.run_dir), "adapter": f"{result.run_dir}/adapter (loads with PEFT)"}
+    if (page := result.run_dir / REPORT).is_file():
+        facts["report"] = f"{page} (open it in a browser)"
     commands = {"next": f"{program()} chat {result.run_dir} --base", "export": f"{program()} export {result.run_dir}"}
     _print_facts({**facts, **commands}, console)
 

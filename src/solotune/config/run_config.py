@@ -179,7 +179,7 @@ class RunConfig(BaseModel):
     max_steps: int = _in("training", default=-1, le=1_000_000_000)
     """Number of optimizer steps; if set, `num_train_epochs` is ignored. -1: not set."""
     per_device_train_batch_size: SmallPositiveInt = _in("training", default=4)
-    """Rows per forward pass (micro-batch)."""
+    """Rows per forward pass (micro-batch). If neither it nor accumulation is set, a plan that streams may raise it."""
     gradient_accumulation_steps: SmallPositiveInt = _in("training", default=8)
     """Forward passes per optimizer step; their gradients are added."""
     gradient_checkpointing: Literal["auto"] | bool | PositiveInt = _in("training", default="auto")
@@ -270,6 +270,7 @@ class RunConfig(BaseModel):
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
     _name: str = PrivateAttr(default="run")
+    _ranks: int = PrivateAttr(default=1)
 
     def __repr_args__(self) -> Iterator[tuple[str, Any]]:
         """For pydantic's repr: the keys that are set, or chosen for this machine."""
@@ -308,7 +309,18 @@ class RunConfig(BaseModel):
     def replaced(self, source: str, **values: Any) -> RunConfig:
         """Copy with some values changed, and check it; `source` is recorded for each changed key."""
         sources = {**self._sources, **dict.fromkeys(values, source)}
-        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name)
+        return RunConfig.validated({**self.model_dump(), **values}, sources, self._name).on_ranks(self._ranks)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share each step: no key of a file, but how the run was started."""
+        return self._ranks
+
+    def on_ranks(self, ranks: int) -> RunConfig:
+        """The config for a run of so many processes: a step has the rows of all of them."""
+        config = self.model_copy()
+        config._ranks = ranks
+        return config
 
     @field_validator("validation_size")
     @classmethod
@@ -413,7 +425,7 @@ class RunConfig(BaseModel):
     @property
     def takes_graphs(self) -> bool:
         """Whether passes with a repeated shape become CUDA graphs, if there is CUDA."""
-        return self.cuda_graphs and self.torch_compile and not self.activation_offload
+        return self.cuda_graphs and self.torch_compile
 
     @property
     def trackers(self) -> list[str]:
@@ -502,6 +514,7 @@ class RunConfig(BaseModel):
             max_steps=self.max_steps,
             num_epochs=self.num_train_epochs,
             seed=self.seed,
+            ranks=self._ranks,
             sources=self._sources,
         )
 

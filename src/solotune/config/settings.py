@@ -14,6 +14,8 @@ from solotune.config.metric_specs import MetricSpec
 
 FOREIGN = "foreign"
 """Source of a value that the files of another trainer have."""
+MICRO_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys whose product is the rows of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,11 @@ class MemorySettings(Settings):
         """Whether the plan may choose `activation_offload`: it has no `auto`, so it may where nobody set it."""
         return self.source_of("activation_offload") == "default"
 
+    @property
+    def micro_batch_is_open(self) -> bool:
+        """Whether the plan may choose the rows of a micro-batch, at the same rows a step: if nobody set either key."""
+        return all(self.source_of(key) == "default" for key in MICRO_BATCH)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Settings):
@@ -112,6 +119,7 @@ class BatchSettings(Settings):
     max_steps: int  # -1: by epochs
     num_epochs: float
     seed: int
+    ranks: int = 1  # processes that share a step, each with `accumulation` micro-batches of it
 
 
 @dataclass(frozen=True, kw_only=True)

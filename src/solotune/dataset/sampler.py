@@ -1,6 +1,13 @@
 """Batch sampler: the packs of rows, the order of an epoch, and the micro-batches of each step.
 
 An epoch's order is a permutation drawn from (seed, epoch), so a run can be resumed from its step number alone.
+
+Several ranks
+-------------
+A step of N ranks has the rows of N times as many micro-batches. Every rank computes the whole step and takes its part
+(`deal`), so nobody has to send rows, and the weights of the whole step are known everywhere. Rows of similar length
+share a micro-batch, and the ranks get micro-batches of similar lengths one after another, forwards and then backwards:
+a step takes as long as its slowest rank. The mean over a step does not depend on who computes which row.
 """
 
 from __future__ import annotations
@@ -8,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,17 +34,22 @@ class BatchSampler:
     accumulation: int
     total_steps: int
     seed: int
+    ranks: int = 1
 
     @classmethod
     def of(cls, batches: BatchSettings, num_rows: int) -> BatchSampler:
         """The sampler of a run over `num_rows` rows or packs."""
-        per_epoch = math.ceil(num_rows / (batches.batch_size * batches.accumulation))
+        per_epoch = math.ceil(num_rows / (batches.batch_size * batches.accumulation * batches.ranks))
         total = batches.max_steps if batches.max_steps > 0 else math.ceil(batches.num_epochs * per_epoch)
-        return cls(num_rows, batches.batch_size, batches.accumulation, total, batches.seed)
+        return cls(num_rows, batches.batch_size, batches.accumulation, total, batches.seed, batches.ranks)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_size * self.accumulation * self.ranks
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_rows / (self.micro_batch_size * self.accumulation))
+        return math.ceil(self.num_rows / self.rows_per_step)
 
     def epoch_at(self, step: int) -> float:
         """Number of epochs after `step` steps."""
@@ -48,7 +61,7 @@ class BatchSampler:
 
     def steps(self, done: int) -> Iterator[list[list[int]]]:
         """Yield the micro-batches (row numbers) of each step after `done`; an epoch's last step may be smaller."""
-        rows_per_step = self.micro_batch_size * self.accumulation
+        rows_per_step = self.rows_per_step
         order_epoch, order = -1, np.empty(0, np.int64)
         for step in range(done, self.total_steps):
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -56,6 +69,32 @@ class BatchSampler:
                 order_epoch, order = epoch, self.row_order(epoch)
             rows = order[within * rows_per_step : (within + 1) * rows_per_step].tolist()
             yield [rows[i : i + self.micro_batch_size] for i in range(0, len(rows), self.micro_batch_size)]
+
+
+def deal(rows: Sequence[int], sizes: Sequence[int], micro_batch_size: int, ranks: int) -> list[list[Numbered]]:
+    """Deal the rows of a step to ranks: for each rank its micro-batches, with their numbers in the whole step.
+
+    Args:
+        rows: of the step; the last one of an epoch may have so few that a rank gets none.
+        sizes: the tokens of each of these rows.
+    """
+    longest_first = [row for _, row in sorted(zip(sizes, rows, strict=True), key=lambda pair: -pair[0])]
+    rounds = math.ceil(len(rows) / (micro_batch_size * ranks))
+    count = min(rounds * ranks, len(rows))
+    ends = [len(rows) * (number + 1) // count for number in range(count)]
+    dealt: list[list[Numbered]] = [[] for _ in range(ranks)]
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        turn, place = divmod(number, ranks)
+        rank = place if turn % 2 == 0 else ranks - 1 - place
+        dealt[rank].append(Numbered(number, longest_first[start:end]))
+    return dealt
+
+
+class Numbered(NamedTuple):
+    """A micro-batch and its number in the whole step."""
+
+    number: int
+    rows: list[int]
 
 
 def pack_sequences(batches: BatchSettings, rows: Sequence[Example]) -> list[list[int]] | np.ndarray:

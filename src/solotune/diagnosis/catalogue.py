@@ -1,4 +1,4 @@
-"""The catalogue: fifteen suspects, their 78 faults, and which faults have the same evidence.
+"""The catalogue: fifteen suspects, their 81 faults, and which faults have the same evidence.
 
 A *suspect* is a part of fine-tuning that the user sets up; a *fault* is one way in which it is wrong. Codes are for
 programs and never change their meaning; slugs are for people.
@@ -496,6 +496,24 @@ _FAULTS = (
         _EFFECT,
         prevented="adapters are loaded strictly",
     ),
+    Fault("F79", "ranks-differ", "S14",
+        "The ranks (GPUs) of the run do not train the same adapter: their gradients are not averaged.",
+        "start all ranks with the same adapter, and average the gradients over the ranks in every step",
+        "after every step, the adapter has the same norm on every rank",
+        prevented="one vector holds all gradients and is summed over the ranks in every step",
+    ),
+    Fault("F80", "ranks-scaled", "S14",
+        "With several GPUs, the loss is divided by the wrong number.",
+        "divide by the loss tokens of all ranks",
+        "N ranks with one row each and one rank with N rows give the same gradient",
+        prevented="the loss of a step is one weighted mean over the tokens of all ranks",
+    ),
+    Fault("F81", "resumed-with-other-batch", "S15",
+        "The run was resumed with another number of GPUs, and so with another global batch.",
+        "keep GPUs x per_device_train_batch_size x gradient_accumulation_steps as it was",
+        "an epoch has as many steps after the resume as before",
+        prevented="a run is continued with as many rows in a step as before, or not at all",
+    ),
 )  # fmt: skip
 
 FAULTS: dict[str, Fault] = {fault.code: fault for fault in _FAULTS}
@@ -548,6 +566,8 @@ EXPLAINS: dict[str, frozenset[str]] = {
     "F66": frozenset({"F54", "F64"}),
     "F68": frozenset({"F54", "F64"}),
     "F78": frozenset({"F04", "F05"}),  # the tokenizer saved with the adapter is that of its own base
+    "F79": frozenset({"F57", "F58", "F75"}),  # the adapter of a rank that gets no gradient
+    "F81": frozenset({"F66", "F77"}),  # the schedule is computed again for another number of steps
 }
 """Fault -> faults that follow from it, which would only hide the cause."""
 
@@ -592,7 +612,7 @@ def find(word: str) -> str:
     raise InputError(
         "there is no such fault",
         seen=word,
-        allowed="F01 to F78, S1 to S15, or a fault's name",
+        allowed="F01 to F81, S1 to S15, or a fault's name",
         change=f"did you mean {', '.join(near)}?" if near else "`solotune explain S4` lists the faults of suspect S4",
     )
 

@@ -43,7 +43,7 @@ def _code(name: str, source: str) -> str:
         code = catalogue.find(name)
     except InputError as error:
         problem = f"{source}, allow_faults: {error.problem}"
-        raise InputError(problem, seen=name, allowed="F01 to F78, or a fault's name", change=error.change) from None
+        raise InputError(problem, seen=name, allowed="F01 to F81, or a fault's name", change=error.change) from None
     if code not in FAULTS:
         known = ", ".join(fault.code for fault in FAULTS.values() if fault.suspect == code)
         raise InputError(f"{source}, allow_faults: {code} is a suspect, not a fault", seen=name, allowed=known)

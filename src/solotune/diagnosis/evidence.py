@@ -37,6 +37,7 @@ EXPERIMENTS: dict[str, str] = {
     "P12": "load the saved adapter again and compare its logits",
     "P13": "generate answers with the prompt format of the training and with that of the deployment",
     "P14": "compare the logged losses with those of the rows under other labels",
+    "P15": "compare the gradient that ranks exchange with the gradient of all their tokens",
 }
 """What each probe does."""
 
@@ -66,7 +67,7 @@ def of_refusal(error: SolotuneError) -> list[Signal]:
 
 @dataclass(frozen=True)
 class Probed:
-    """Results of the probes that fitted into the budget; keys are probe names, P1 ... P14."""
+    """Results of the probes that fitted into the budget; keys are probe names, P1 ... P15."""
 
     signals: list[Signal]
     measurements: dict[str, Any] = field(default_factory=dict)

@@ -11,6 +11,7 @@ It is an observer like others, so the training loop does not depend on the diagn
   since B is). An adapter that does not change has no gradient (F57). If a large part of A does not change, rounding
   loses its updates (F54); B does not show this, since it starts at zero;
 - settings, rows and curve with the rules, before the run and at evaluations, and decides as `solotune diagnose` does.
+  At an evaluation only the rules that read the curve run again (`GrowingRun`).
 
 A fault is reported once, as one; a remark too, unless the check of the data has made it already; a doubt says
 "perhaps". The monitor never stops a run, and costs milliseconds: it reads a few thousand elements.
@@ -27,7 +28,7 @@ import torch
 
 from solotune.diagnosis.catalogue import FAULTS
 from solotune.diagnosis.evidence import Diagnosis, Signal
-from solotune.diagnosis.rules import ask_all
+from solotune.diagnosis.rules import GrowingRun
 from solotune.diagnosis.run_diagnosis import examine
 from solotune.diagnosis.run_facts import RunFacts, Trace
 from solotune.diagnosis.sources import run_files
@@ -56,15 +57,16 @@ class Monitor(SilentObserver):
         run_facts: RunFacts,
         observer: RunObserver,
         before: RunRecord,
-        signals: Sequence[Signal] | None = None,
+        rules: GrowingRun | None = None,
     ) -> None:
         """Args:
         run_facts: facts before the first step. What `findings` already says is not reported again.
         observer: receives `diagnosed` events.
         before: record of a resumed run until now; faults that it names are not reported again.
-        signals: of the rules on `run_facts`; None: they are asked at once.
+        rules: the rules on `run_facts`, if they were asked before.
         """
         self._model, self._run_facts, self._observer = model, run_facts, observer
+        self._rules = rules or GrowingRun(run_facts)
         said = [one.signal for one in run_facts.findings or ()]
         self._reported = {(one.code, one.kind == "remark") for one in said if one is not None}
         self._places: dict[
@@ -72,11 +74,13 @@ class Monitor(SilentObserver):
         ] = {}  # layer -> positions of A and of B in `flat_params`
         self._before: torch.Tensor | None = None
         self._num_updates = 0
-        self._steps, self._evaluations = list(before.steps), list(before.evals)
+        self._curve = run_files.curves(before.steps, before.evals)
+        self._steps: list[StepEvent] = []  # that are not in `_curve` yet, nor are these:
+        self._evaluations: list[EvalEvent] = []
         self._reported |= {(event.code, event.kind == "remark") for event in before.of(DiagnosedEvent)}
         self._signals: list[Signal] = []
         self._total_steps, self._is_new = 0, True
-        self._report_decided(ask_all(run_facts)[0] if signals is None else signals)
+        self._report_decided(self._rules.signals())
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
@@ -86,7 +90,7 @@ class Monitor(SilentObserver):
 
     def step(self, event: StepEvent) -> None:
         self._steps.append(event)
-        if len(self._steps) == 1 and self._is_new:
+        if len(self._steps) == 1 and not len(self._curve.step_S) and self._is_new:
             self._check_first_loss(event.loss)
         if self._before is not None and event.learning_rate > 0:
             self._num_updates += 1
@@ -94,7 +98,7 @@ class Monitor(SilentObserver):
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         self._evaluations.append(event)
-        self._report_decided(ask_all(replace(self._run_facts, trace=self._trace()))[0])
+        self._report_decided(self._rules.signals(self._trace()))
 
     def diagnosis(self) -> Diagnosis:
         """The diagnosis of the whole run, by the rules and the signals of this monitor."""
@@ -118,12 +122,11 @@ class Monitor(SilentObserver):
 
     def _trace(self) -> Trace:
         """The curve of the run so far."""
-        last = self._steps[-1].step if self._steps else 0
-        return replace(
-            run_files.curves(self._steps, self._evaluations),
-            total_steps=self._total_steps,
-            is_finished=last == self._total_steps > 0,
-        )
+        self._curve = run_files.continued(self._curve, run_files.curves(self._steps, self._evaluations))
+        self._steps.clear()
+        self._evaluations.clear()
+        last = self._curve.step_S[-1] if len(self._curve.step_S) else 0
+        return replace(self._curve, total_steps=self._total_steps, is_finished=bool(last == self._total_steps > 0))
 
     def _check_first_loss(self, loss: float) -> None:
         size = self._model.module.config.get_text_config().vocab_size

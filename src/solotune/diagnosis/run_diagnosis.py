@@ -58,7 +58,8 @@ def examine(
     signals, unasked = ask_all(run_facts, loads=live is not None)
     cost = {"rules": time.perf_counter() - started}
     if live is None:
-        probed = Probed([], skipped=dict.fromkeys(EXPERIMENTS, why))
+        skipped = [name for name in EXPERIMENTS if name != "P15" or run_facts.ranks is not None]
+        probed = Probed([], skipped=dict.fromkeys(skipped, why))
     else:
         phase("running model probes")
         probed = probes.run_all(live, run_facts, _seconds(deep, budget), deep, progress)

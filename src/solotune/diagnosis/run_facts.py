@@ -39,7 +39,7 @@ class Settings:
     `shuffle` (whether the sampler shuffles), `truncation_side` (right keeps the start), `add_generation_prompt` (as
     deployed), `chat_template` (as trained), `serving_template` and `serving_stop_ids` (as deployed), `serving_alpha`
     and `serving_r`, `merged_into` (dtype or quantisation of the base that was merged into), `memory_bytes` (of the
-    card).
+    card), `world_size` (ranks of a run on several GPUs), `average_tokens_across_devices`.
     """
 
     values: Mapping[str, Any]
@@ -97,8 +97,36 @@ class LiveModel:
     generate: Callable[[str], str] | None = None  # the answer to a user's text, as deployed
     backward: Callable[[torch.nn.Module, Sequence[Mapping[str, torch.Tensor]]], Any] | None = None
     """Compute the gradients of one optimizer step from these micro-batches, accumulated as in the training."""
+    backward_of_ranks: Callable[[torch.nn.Module, Sequence[Sequence[Mapping[str, torch.Tensor]]]], Any] | None = None
+    """Of a training on several GPUs: compute the gradients with which rank 0 takes one optimizer step, from the
+    micro-batches of each rank, exchanged as in the training."""
     is_rebuilt: bool = False
     """Made by solotune from the files of another trainer: what that one froze or cut off does not show."""
+
+
+@dataclass(frozen=True)
+class RankCheckpoint:
+    """How many ranks a run had when it saved a checkpoint; None if a part is not known."""
+
+    step: int
+    world_size: int | None = None
+    batch: int | None = None  # rows of an optimizer step, over all ranks
+    epoch: float | None = None  # as counted at `step`
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What is known of the ranks (processes) of a run on several GPUs."""
+
+    adapters: Mapping[int, Tensors] = field(default_factory=dict)  # rank -> its trained tensors, all at one moment
+    logs: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # rank -> what it logged, by `step`
+    checkpoints: Sequence[RankCheckpoint] = ()  # of one run, by step
+
+    @property
+    def world_size(self) -> int:
+        """The largest number of ranks that is seen; 1 if none is."""
+        counts = [one.world_size or 1 for one in self.checkpoints]
+        return max([1, len(self.adapters), len(self.logs), *counts])
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +146,7 @@ class RunFacts:
     refusals: Sequence[Signal] = ()  # errors of solotune that stop this config, as signals
     trace: Trace | None = None
     saved: Saved | None = None
+    ranks: Ranks | None = None  # None: nothing says that there were several
     base_template: str = ""  # the base's chat template, if the run uses another one
     base_tokenizer: PreTrainedTokenizerBase | None = None  # as it lies with the base, if it is another than `tokenizer`
     live: Callable[[], LiveModel] | None = None  # loads the model; called once

@@ -122,7 +122,7 @@ def decide(
     Args:
         run_facts: name of the run.
         unasked: code -> why none of its rules could run.
-        skipped: probe (P1 ... P14) -> why it did not run.
+        skipped: probe (P1 ... P15) -> why it did not run.
         unreadable: what should be there and could not be judged (damaged files, rows that cannot be read), each with
             what to do about it. If there is any, the verdict is never healthy.
         not_checked: what could not be checked because it was not given, each with what to do about it.

@@ -12,11 +12,7 @@ only the permanent lines, never wrapped, so that a log can be searched with grep
 The lines below the live one are the last held-out loss, with one standard error as its noise, and the last finding of
 the monitor. `solotune watch` shows a run from another terminal with the same classes (`run_follower`).
 
-Lines come every `logging_steps` steps, and at least ten times a run and every 30 seconds.
-
-Two numbers need an explanation. The loss, in a line and in the live line, is the mean over all loss tokens since the
-last line; the loss of a single step is too noisy. Time left comes from the median of recent steps without the first,
-which compiles and allocates and takes up to a hundred times longer than the next.
+Lines come every `logging_steps` steps, and at least ten times a run and every 30 seconds. `meter` makes their figures.
 
 Text from data files and models is shown as text: rich's markup is never parsed, and characters that control a terminal
 (escape sequences, C1 codes, direction marks) are replaced by a visible sign.
@@ -28,29 +24,30 @@ import codecs
 import io
 import math
 import os
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID
-from rich.table import Column, Table
+from rich.progress import Progress, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
+from solotune.display.meter import Meter
 from solotune.display.observer import RunObserver, SilentObserver
-from solotune.units import escape_terminal, format_bytes, format_duration, format_rate, gib, mib, plus_minus
+from solotune.units import escape_terminal, plus_minus
 
 if TYPE_CHECKING:
     from solotune.config.run_config import Choice
     from solotune.run.events import DiagnosedEvent, EvalEvent, SaveEvent, StepEvent
 
 PIPE_COLUMNS = 120  # without a terminal
-WINDOW = 20  # speed and time left come from this many steps
 LINES_A_RUN = 10  # at least, whatever `logging_steps` is
 SECONDS_A_LINE = 30.0  # at most
 MIN_BAR = 2  # columns of the bar beside its figures
@@ -90,64 +87,6 @@ Display = RunObserver  # shows the progress of a verb
 
 class SilentDisplay(SilentObserver):
     """Display that shows nothing, for Python callers."""
-
-
-class Meter:
-    """Average single steps into loss, speed and time left."""
-
-    def __init__(self) -> None:
-        self.last: StepEvent | None = None
-        self.planned_bytes = 0  # by the plan; 0: unknown
-        self._taken = 0.0
-        self._since_line: list[tuple[float, float]] = []
-        self._recent: deque[StepEvent] = deque(maxlen=WINDOW)
-
-    def add(self, event: StepEvent) -> None:
-        if self.last is not None:  # the first step compiles and allocates, so it is much slower
-            self._recent.append(event)
-        self.last = event
-        self._since_line.append((event.loss, event.total_weight))
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per loss token since the last `take_loss`, or what that returned if no step has come since."""
-        total = sum(weight for _, weight in self._since_line)
-        return sum(loss * weight for loss, weight in self._since_line) / total if total else self._taken
-
-    def take_loss(self) -> float:
-        """Mean loss per loss token since the last call."""
-        self._taken = self.loss
-        self._since_line.clear()
-        return self._taken
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        seconds = sum(event.step_seconds for event in self._recent)
-        return sum(event.num_tokens for event in self._recent) / seconds if seconds else None
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None until the second step is done."""
-        if self.last is None or not self._recent:
-            return None
-        step_seconds = statistics.median(event.step_seconds for event in self._recent)
-        return step_seconds * (self.last.total_steps - self.last.step)
-
-    def figures(self) -> list[str]:
-        """Speed, memory and time left, each if known."""
-        speed, left, peak = self.tokens_per_second, self.seconds_left, self.last.peak_bytes if self.last else 0
-        return [
-            *([format_rate(speed, "tok/s")] if speed else []),
-            *([format_bytes(peak)] if peak else []),
-            *([f"{format_duration(left)} left"] if left is not None else []),
-        ]
-
-    def memory_in_words(self) -> str:
-        """`memory 2.1 of 2.3 GiB planned`; empty if one of the two is not known."""
-        peak, planned = self.last.peak_bytes if self.last else 0, self.planned_bytes
-        if not peak or not planned:
-            return ""
-        return f"memory {gib(peak) if planned >= 2**30 else mib(peak, 0)} of {format_bytes(planned)} planned"
 
 
 class PlainDisplay(SilentObserver):
@@ -244,12 +183,7 @@ class LiveDisplay(PlainDisplay):
 
     def __init__(self, logging_steps: int, console: Console) -> None:
         super().__init__(logging_steps, console)
-        # The figures are never cut: the bar gets the remaining width.
-        bar = BarColumn(None, complete_style="green", finished_style="green")
-        figures = _Figures(table_column=Column(no_wrap=True))
-        self._progress = _LinesBelow(
-            self._below, bar, figures, console=console, transient=True, expand=True, refresh_per_second=REFRESHES
-        )
+        self._progress = _LiveLines(self._below, console=console, transient=True, refresh_per_second=REFRESHES)
         self._task: TaskID | None = None
         self._phase = ("", 0.0)
 
@@ -263,7 +197,7 @@ class LiveDisplay(PlainDisplay):
             self._show(what, total)
         assert self._task is not None
         figures = f"{done:,}/{total:,} {escape_terminal(what)}" if total else escape_terminal(what)
-        self._progress.update(self._task, completed=done, total=total or None, figures=figures)
+        self._progress.update(self._task, completed=done, total=total or None, figures=lambda: figures)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._end_phase()
@@ -272,11 +206,14 @@ class LiveDisplay(PlainDisplay):
 
     def step(self, event: StepEvent) -> None:
         super().step(event)
-        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.loss:.4f}"]
-        if self._task is not None:
-            text = _fitting(figures + self.meter.figures(), self._columns)
-            total = event.total_steps  # an evaluation between the steps has shown its rows here
-            self._progress.update(self._task, completed=event.step, total=total, figures=text)
+        for task in self._progress.tasks:  # an evaluation between the steps has shown its rows here
+            task.completed, task.total, task.fields["figures"] = event.step, event.total_steps, self._step_in_words
+
+    def _step_in_words(self) -> str:
+        """The last step; made when it is drawn, not at each step."""
+        step = self.meter.last
+        figures = [f"{step.step:,}/{step.total_steps:,}"] if step else []
+        return _fitting([*figures, f"loss {self.meter.loss:.4f}", *self.meter.figures()], self._columns)
 
     def finish(self) -> None:
         self._end_phase()
@@ -294,7 +231,8 @@ class LiveDisplay(PlainDisplay):
 
     def _show(self, words: str, total: int | None, completed: int = 0, figures: str = "") -> None:
         self._hide()
-        self._task = self._progress.add_task(escape_terminal(words), total=total, completed=completed, figures=figures)
+        text, now = escape_terminal(words), lambda: figures
+        self._task = self._progress.add_task(text, total=total, completed=completed, figures=now)
         self._progress.start()
 
     def _hide(self) -> None:
@@ -310,22 +248,37 @@ class LiveDisplay(PlainDisplay):
         self._phase = ("", 0.0)
 
 
-class _LinesBelow(Progress):
-    """A bar with lines below it, each cut at the right edge."""
+class _LiveLines(Progress):
+    """A bar with figures, and lines below, each cut at the right edge. Rich's own, a table, takes 2.5 times as long."""
 
-    def __init__(self, lines: Callable[[], list[str]], *columns: ProgressColumn, **keys: Any) -> None:
-        self._lines = lines
-        super().__init__(*columns, **keys)
+    def __init__(self, below: Callable[[], list[str]], **keys: Any) -> None:
+        self._lines_below = below
+        super().__init__(**keys)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        for line in self._lines():
+        for task in self.tasks:
+            yield _BarAndFigures(task)
+        for line in self._lines_below():
             yield Text(escape_terminal(line.partition("\n")[0]), "dim", no_wrap=True, overflow="ellipsis")
 
 
-class _Figures(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.fields["figures"] or f"{task.description}  {task.elapsed or 0:.0f} s")
+@dataclass(frozen=True)
+class _BarAndFigures:
+    """The bar gets the width that the figures leave."""
+
+    task: Task
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = self.task.fields["figures"]() or f"{self.task.description}  {self.task.elapsed or 0:.0f} s"
+        figures = set_cell_size(text, min(cell_len(text), options.max_width - MIN_BAR))
+        width = options.max_width - cell_len(figures) - 1
+        bar = ProgressBar(self.task.total, self.task.completed, width, animation_time=self.task.get_time())
+        bar.complete_style = bar.finished_style = "green"
+        parts = bar.__rich_console__(console, options)  # without colour only what is done
+        drawn = [part for part in parts if isinstance(part, Segment)]
+        yield from drawn
+        yield Segment(" " * (width - sum(part.cell_length for part in drawn)) + f" {figures}")
+        yield Segment.line()
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:

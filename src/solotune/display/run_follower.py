@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from solotune.display.meter import WINDOW
 from solotune.display.observer import RunObserver
-from solotune.display.progress import WINDOW, PlainDisplay
+from solotune.display.progress import PlainDisplay
 from solotune.run.events import (
     DeviceFailedEvent,
     DiagnosedEvent,

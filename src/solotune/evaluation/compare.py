@@ -20,6 +20,7 @@ from solotune.evaluation.answers import Answered, Question, answer, first_questi
 from solotune.evaluation.metrics import MetricScore, make_metrics, measure
 from solotune.evaluation.scores import Score, score
 from solotune.evaluation.statistics import loss_difference_p, ratio_and_stderr, verdict
+from solotune.evaluation.task_scores import TaskScore, task_table
 from solotune.model.loading import TrainableModel
 from solotune.model.lora import adapters_off
 from solotune.result_repr import ResultRepr, Table
@@ -48,6 +49,8 @@ class Evaluation(ResultRepr):
     """The scores of generated answers that the key `metrics` asks for."""
     generation: dict[str, Any] | None = None
     """What the generated answers are like: see `answer_quality`."""
+    tasks: list[TaskScore] = field(default_factory=list)
+    """Scores on standard tasks of lm_eval, if they were asked for."""
 
     @property
     def difference(self) -> tuple[float, float]:
@@ -124,7 +127,7 @@ class Evaluation(ResultRepr):
         }
 
     def tables(self) -> list[Table]:
-        return [self._scores(), self.sample_table()]
+        return [self._scores(), *([task_table(self.tasks)] if self.tasks else []), self.sample_table()]
 
     def sample_table(self) -> Table:
         """Prompts with the answers of both models."""
@@ -155,6 +158,7 @@ class Evaluation(ResultRepr):
             "verdict": self.verdict,
             "scores": {name: one.to_json() for name, one in {"exact_match": self.exact_match, **self.metrics}.items()},
             "generation": self.generation,
+            "tasks": [one.to_json() for one in self.tasks],
             "row_losses": {  # what two runs are compared by, row by row: weighted sums, in the order of the rows
                 "base": self.base.row_losses,
                 "tuned": self.tuned.row_losses,

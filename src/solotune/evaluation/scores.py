@@ -33,6 +33,7 @@ from solotune.hardware.gpu_errors import stage
 from solotune.model.loading import TrainableModel
 from solotune.result_repr import ResultRepr
 from solotune.runtime import signals
+from solotune.runtime.world import ALONE, World
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,13 +66,18 @@ def score(
     rows: Sequence[Example],
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    world: World = ALONE,
 ) -> Score:
-    """Loss (by weight) and exact match of the model as it is, in evaluation mode; the mode is restored."""
+    """Loss (by weight) and exact match of the model as it is, in evaluation mode; the mode is restored.
+
+    Args:
+        world: the ranks that share the passes; each gets the score of all rows.
+    """
     was_training = model.module.training
     model.module.eval()
     losses, counts, exact = [0.0] * len(rows), [num_labels(row) for row in rows], [False] * len(rows)
     by_length = np.argsort(lengths_of(rows), kind="stable").tolist()  # similar lengths together: little padding
-    for start in range(0, len(rows), batch_size):
+    for start in range(world.rank * batch_size, len(rows), world.size * batch_size):
         chosen = by_length[start : start + batch_size]
         batch = collate([rows[i] for i in chosen], model.device)
         losses_N, correct_N = model.token_losses(batch)
@@ -82,6 +88,10 @@ def score(
         signals.check_stop()
         progress(min(start + batch_size, len(rows)), len(rows))
     model.module.train(was_training)
+    if world.size > 1:  # each row was measured by one rank, and is 0 on the others
+        measured = torch.tensor([losses, exact], dtype=torch.float64, device=model.device)
+        world.sum(measured)
+        losses, exact = measured[0].tolist(), measured[1].bool().tolist()
     return score_of(rows, losses, exact)
 
 

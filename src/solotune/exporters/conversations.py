@@ -84,7 +84,9 @@ TEXTS = {
     "formula": "$E = mc^2$, \\frac{1}{2}, ∑ᵢ xᵢ² ≤ ∫₀^∞ e^{-x} dx ≈ 1, ∀x∈ℝ, α→β, 5 × 10⁻³ ± 2 °C",
     "url": "https://user:name@example.com:8080/a/b%20c/?q=x+y&lang=de#top, mail me at a.b+c@example.org",
     "accents": "Crème brûlée, Ångström, Łódź, Ñandú, Straße, İstanbul, ﬁne",
-    "combining": "e\u0301 a\u0308 n\u0303 o\u0302\u0323 Z\u0351\u036b\u0343 A\u030a: decomposed; é ä ñ ộ Å: composed",
+    "combining": "e\u0301 a\u0308 n\u0303 o\u0302\u0323 Z\u0351\u036b\u0343 A\u030a: decomposed; é ä ñ ộ Å: composed; "
+    "\u00f4\u0323 o\u0321\u0301 \u05e9\u05bc\u05c1 \u0628\u0651\u064e: other order; \u212b \u2126 \uf900: other form; "
+    "\u1112\u1161\u11ab\uadf8\u11af \u0cc6\u0cc2\u0cd5 \u0915\u093c \U00011131\U00011127: other scripts",
     "full width": "ＡＢＣ １２３ （full width） ﾊﾝｶｸ ① ㎏ ½ ²",
     "emoji": "👋 🙂 ❤️ 👍🏽 👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪🇫🇷 1️⃣ 🫠",
     "emoji at the edges": "🎉done🎉",

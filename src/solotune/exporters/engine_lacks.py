@@ -6,8 +6,10 @@
 What a file can say so that llama.cpp gives training's ids, the exported file says (`engine_template`,
 `engine_vocabulary`). Then this is left:
 
-    NFC      llama.cpp does not compose characters (e + accent), which the tokenizers of Qwen and others do first. A
-             GGUF file has no entry for it: `tokenizer.ggml.normalizer.*` knows lower case and accents, for BERT alone
+    NFC      llama.cpp does not compose characters (e + accent), which the tokenizers of Qwen and others do first. The
+             chat template of the file does it, but not for a run on texts, which has none, nor in Ollama, whose
+             TEMPLATE has no means for it. A GGUF file has no entry for it: `tokenizer.ggml.normalizer.*` knows lower
+             case and accents, for BERT alone
     ends     a token with the text of an end token, which texts are split into
     strip    a template that strips white space in a way that could not be rewritten
 
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from solotune.dataset import Example
 from solotune.errors import SolotuneError
 from solotune.exporters.conversations import Conversation
-from solotune.exporters.engine_template import ASCII_WHITE_SPACE
+from solotune.exporters.engine_template import ASCII_WHITE_SPACE, composes
 from solotune.exporters.engine_vocabulary import END_SPELLING
 from solotune.exporters.template_parity import MOST_SHOWN, Difference, Ids
 
@@ -56,14 +58,16 @@ class Lack:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A lack, and the compared conversations in which it shows."""
+    """A lack, and the compared conversations in which it shows; none of an engine that is not asked."""
 
     lack: Lack
-    count: int
-    of: int
-    first: Difference
+    count: int = 0
+    of: int = 0
+    first: Difference | None = None
 
     def __str__(self) -> str:
+        if self.first is None:
+            return self.lack.what
         return f"{self.lack.what}: {self.count} of {self.of} conversations; {self.first}"
 
 
@@ -92,6 +96,13 @@ def lacks_of(tokenizer: PreTrainedTokenizerBase) -> list[Lack]:
             f"strip messages before you send them; {_SERVE}",
         ),
     ]
+
+
+def ollama_lacks(tokenizer: PreTrainedTokenizerBase) -> list[Lacking]:
+    """What a Modelfile's TEMPLATE cannot make up for: Ollama does not use the template in the GGUF file."""
+    nfc, *_ = lacks_of(tokenizer)
+    what = "Ollama does not compose characters as this tokenizer does (NFC)"
+    return [Lacking(replace(nfc, what=what))] if composes(tokenizer) else []
 
 
 def _without_other_white_space(text: str) -> str:

@@ -1,7 +1,7 @@
 """Is a GGUF file in llama.cpp what was trained? Token ids, and log-probabilities within the bound of its format.
 
     parity, problems, notes = gguf_parity(path, "f16", tokenizer, "chat", rows, texts=texts_of(source.data))
-    parity, problems, notes = ollama_parity(tokenizer)
+    parity, problems, notes = ollama_parity(tokenizer, texts_of(source.data))
 
 `problems` are differences that nothing explains, and those that come from what the engine lacks if the user's own rows
 have such text; the rest of these are `notes` (`engine_lacks`).
@@ -17,7 +17,7 @@ import torch
 
 from solotune.exporters.artifact import Parity
 from solotune.exporters.conversations import Conversation
-from solotune.exporters.engine_lacks import Texts, explained, judged, lacks_of
+from solotune.exporters.engine_lacks import Texts, explained, judged, lacks_of, ollama_lacks
 from solotune.exporters.llama_cpp import LlamaCpp
 from solotune.exporters.log_prob_error import LogProbError
 from solotune.exporters.template_parity import MOST_SHOWN, Difference, Ids, TrainedIds, asked_of, compare_token_ids
@@ -82,10 +82,13 @@ def engine_ids(engine: LlamaCpp) -> Ids:
     return ids
 
 
-def ollama_parity(tokenizer: PreTrainedTokenizerBase) -> tuple[Parity, list[str], list[str]]:
+def ollama_parity(tokenizer: PreTrainedTokenizerBase, texts: Texts = ()) -> tuple[Parity, list[str], list[str]]:
     """Compare the prompts of the Modelfile's TEMPLATE with training's, over the conversations that Ollama can have.
 
     No Go runs here: the pieces that TEMPLATE is written from are compared.
+
+    Args:
+        texts: of the rows of the training, as far as they are known; read only if it matters.
 
     Raises:
         InputError: the chat template has no turns that a TEMPLATE could have.
@@ -101,7 +104,8 @@ def ollama_parity(tokenizer: PreTrainedTokenizerBase) -> tuple[Parity, list[str]
         [f"{len(thoughts)} conversations with thoughts in earlier answers: {', '.join(thoughts)}"] if thoughts else []
     )
     found = Parity("files", token_ids_equal=not differ, conversations=len(asked), differing=len(differ))
-    return found, problems, notes
+    own, lacks = judged(ollama_lacks(tokenizer), texts)
+    return found, problems + own, notes + lacks
 
 
 def _parity(differences: Sequence[Difference], asked: Sequence[Conversation], error: LogProbError) -> Parity:

@@ -2,7 +2,7 @@
 
     engine_template(tokenizer)      the source for tokenizer.chat_template
 
-Two things differ between the engines, and both can be written into the template.
+Three things differ between the engines, and all can be written into the template.
 
 Variables   llama.cpp's server defines some that transformers does not: with `date_string`, Llama 3.1 gets today's
             date instead of the one it was trained with. So the template begins by setting them to what they are in
@@ -12,16 +12,20 @@ White space `trim`, `strip()`, `lstrip()` and `rstrip()` take all white space of
             `x | trim` becomes `strip_white_space(x | trim, true, true)`. Where the engine has stripped all already,
             the macro finds nothing to do: the same template is right in both.
 
-The macro knows no characters, only lengths: in llama.cpp texts are bytes, in Python code points. It replaces each white
-space by as many blanks as it is long, and looks how many of them a plain strip takes away.
+NFC         characters that a tokenizer composes before it splits a text: `nfc_template`.
+
+The macro for white space knows no characters, only lengths: in llama.cpp texts are bytes, in Python code points. It
+replaces each white space by as many blanks as it is long, and looks how many of them a plain strip takes away.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from solotune.dataset.chat.template import Messages, render_chat
 from solotune.dataset.chat.template_sandbox import TemplateLimitError, TemplateRefusal, TemplateSyntax
+from solotune.exporters.nfc_template import with_nfc
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,12 +70,12 @@ def engine_template(tokenizer: PreTrainedTokenizerBase) -> str:
         shown = f"{source}\ufdd0{{{{ {name} | tojson if {name} is defined else '' }}}}"
         value = render_chat(tokenizer, [{"role": "user", "content": "x"}], template=shown).rpartition("\ufdd0")[2]
         lines += [f"{{%- set {name} = {value} -%}}"] if value else []
-    return "".join(lines) + _strips_alike(tokenizer, source)
+    source = "".join(lines) + _if_alike(tokenizer, source, with_macros(source))
+    return _if_alike(tokenizer, source, with_nfc(source)) if composes(tokenizer) else source
 
 
-def _strips_alike(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    """The source with macros for what strips; as it is, if it then renders otherwise in training's own engine."""
-    changed = with_macros(source)
+def _if_alike(tokenizer: PreTrainedTokenizerBase, source: str, changed: str) -> str:
+    """The changed source; the one before, if it renders otherwise in training's own engine."""
     if changed == source:
         return source
     try:
@@ -79,6 +83,15 @@ def _strips_alike(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     except (TemplateRefusal, TemplateSyntax, TemplateLimitError):
         return source
     return changed if given == expected else source
+
+
+def composes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's normalizer is NFC and nothing else."""
+    state = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if state is None:
+        return False
+    found = json.loads(state.__getstate__())
+    return [one["type"] for one in found.get("normalizers", [found])] == ["NFC"]
 
 
 # --- the source

@@ -60,7 +60,7 @@ def export_ollama(job: ExportJob) -> Artifact:
             )
         )
         if source.prompt_format == "chat":
-            found, problems, notes = ollama_parity(source.tokenizer)
+            found, problems, notes = ollama_parity(source.tokenizer, texts_of(source.data))
             compared.parity.append(found)
             compared.problems.extend(problems)
             compared.notes.extend(notes)

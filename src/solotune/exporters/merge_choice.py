@@ -12,11 +12,13 @@ measured all the same, since it depends on the precision, the base and the rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from solotune.config.run_config import Choice
 from solotune.dataset import Example
@@ -142,7 +144,7 @@ def choose(
     measured = {"trained": trained.compare(trained.hidden_ND, trained.head)}
     for candidate in [*candidates, REQUANTIZED]:
         _swap(model, tensors, replace(merge, into=candidate), progress)
-        with adapters_off(model.module):
+        with adapters_off(model.module), _brought_to_device(model):
             measured[candidate] = trained.compare(measure.predictions(model.module, trained.rows), model.head)
     trained.model = None
     candidates.sort(key=lambda name: measured[name].mean_kl)
@@ -152,6 +154,31 @@ def choose(
     is_what_was_trained = into == (DEQUANTIZED if has_codes else ORIGINAL)
     must_be_exact = is_what_was_trained and not source.config.precision.multiplies_in_fp8
     return MergeChoice(into, because, measured, trained.has_labels, must_be_exact)
+
+
+@contextmanager
+def _brought_to_device(model: TrainableModel) -> Iterator[None]:
+    """Bring the merged weights of a streamed layer to the device while the layer runs: 16 bits need not fit there."""
+    there: dict[DenseWeight, torch.Tensor] = {}
+
+    def bring(layer: nn.Module, _: object) -> None:
+        for part in layer.modules():
+            if isinstance(part, DenseWeight):
+                there[part], part.weight_OI = part.weight_OI, part.weight_OI.to(model.device)
+
+    def drop(*_: object) -> None:
+        for part, weight_OI in there.items():
+            part.weight_OI = weight_OI
+        there.clear()
+
+    layers = model.ring.layers if model.ring is not None else []
+    hooks = [layer.register_forward_pre_hook(bring) for layer in layers]
+    hooks += [layer.register_forward_hook(drop, always_call=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_wanted(source: ExportSource, tensors: BaseTensors, wanted: str | None) -> None:
@@ -182,12 +209,15 @@ def _affordable(model: TrainableModel, rows: Sequence[Example]) -> Sequence[Exam
 
 
 def _swap(model: TrainableModel, tensors: BaseTensors, merge: Merge, progress: Progress) -> None:
-    """Replace the weights of all linear layers by merged ones."""
+    """Replace the weights of all linear layers by merged ones; those of streamed layers stay in host memory."""
+    streamed = model.ring.layers if model.ring is not None else []
+    on_host = {part for layer in streamed for part in layer.modules() if isinstance(part, FrozenLinear)}
     weights = [tensor for tensor in tensors.weights if tensor.layer is not None]
     for number, tensor in enumerate(weights, start=1):
         part = model.module.get_submodule(tensor.layer or "")
         linear = part.base if isinstance(part, LoraLinear) else part
         assert isinstance(linear, FrozenLinear)
         W = merge.weight(tensor)
-        linear.storage = DenseWeight((W.T.contiguous() if tensor.is_transposed else W).to(model.device))
+        device = torch.device("cpu") if linear in on_host else model.device
+        linear.storage = DenseWeight((W.T.contiguous() if tensor.is_transposed else W).to(device))
         progress(number, len(weights), f"layers, merged into {merge.into}")

@@ -47,7 +47,7 @@ def serve_llama_cpp(request: dict) -> None:
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
     params = xllamacpp.CommonParams()
-    params.model.path = params.model_alias = request["model"]
+    params.model.path, params.model_alias = request["model"], {request["model"]}
     params.hostnames, params.port = [request["host"]], request["port"]
     params.cache_ram_mib = 0
     server = xllamacpp.Server(params)

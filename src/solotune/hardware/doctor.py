@@ -215,11 +215,19 @@ def _check_link() -> Check:
         speed = link.host_to_device_bytes_per_second()
     except RuntimeError as error:
         return Check("link", "warn", f"not measured: {first_line(error)}", "end what else uses the GPU")
-    found = f"{speed / 1e9:.1f} GB/s from host memory to the GPU"
-    if speed < link.SLOW_BYTES_PER_SECOND:
-        fix = "put the card into a slot with 16 lanes, or end what else uses the link; only base_offload depends on it"
-        return Check("link", "warn", found, fix)
-    return Check("link", "ok", found)
+    found, lanes = f"{speed / 1e9:.1f} GB/s from host memory to the GPU", link.lanes()
+    if lanes is not None:
+        found += f", PCIe generation {lanes.generation} with {lanes.width} lanes"
+    slot = f"use a slot with {lanes.max_width if lanes else 16} lanes, without a riser"
+    busy = "end what else copies to the GPU, or run on the CPU socket that the card is at (numactl)"
+    if lanes is not None and speed < link.EXPECTED * lanes.possible:
+        found += f"; generation {lanes.max_generation} with {lanes.max_width} reaches {lanes.possible / 1e9:.0f}"
+        fix = slot if lanes.width < lanes.max_width else busy
+    elif speed < link.SLOW_BYTES_PER_SECOND:
+        fix = f"{slot}, or {busy}"
+    else:
+        return Check("link", "ok", found)
+    return Check("link", "warn", found, f"{fix}; only base_offload and activation_offload depend on it")
 
 
 def _check_bitsandbytes(machine: Machine) -> Check:

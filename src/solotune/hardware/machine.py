@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,12 @@ class Machine:
     def gpu_refuses(self) -> bool:
         """Whether torch counts a GPU but gets no context on it: its memory is full, or another process holds it."""
         return self.num_gpus > 0 and self.gpu is None
+
+    def shared_by(self, processes: int) -> Machine:
+        """This machine for one of several processes that share its memory equally."""
+        if processes == 1:
+            return self
+        return replace(self, ram_bytes=self.ram_bytes // processes, ram_free_bytes=self.ram_free_bytes // processes)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "has_cuda": self.has_cuda, "bf16": self.bf16, "fp8": self.fp8}
@@ -243,8 +249,9 @@ def _torch_facts() -> dict[str, Any]:
             return facts | {"cuda_error": _cuda_error(torch) if torch.version.cuda else None}
     facts["num_gpus"] = torch.cuda.device_count()
     try:
-        properties = torch.cuda.get_device_properties(0)
-        free, total = torch.cuda.mem_get_info(0)  # creates the context, which fails on a full card
+        current = torch.cuda.current_device()  # that of this rank
+        properties = torch.cuda.get_device_properties(current)
+        free, total = torch.cuda.mem_get_info(current)  # creates the context, which fails on a full card
     except RuntimeError as error:
         return facts | {"cuda_error": first_line(error, with_type=True)}
     return facts | {

@@ -211,8 +211,13 @@ def _nf4_codes(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def round_to_fp8(x_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to e4m3 codes (R, K) with scales (R, 1): x is about codes * scales, each row's largest magnitude at 448."""
-    scales_R1 = x_RK.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    """Round to e4m3 codes (R, K) with scales (R, 1): x is about codes * scales, each row's largest magnitude at 448.
+
+    The scale is a product with 1 / 448 in float32, which is how torch divides by a number on CUDA; on the CPU it really
+    divides. With a scale that differs in its last bit, a weight in the middle between two codes gets the other one, and
+    a merge on the CPU would not be of what was trained on the card.
+    """
+    scales_R1 = x_RK.abs().amax(1, keepdim=True).float().clamp(min=1e-12) * (1 / FP8_MAX)
     return (x_RK.float() / scales_R1).to(FP8), scales_R1
 
 

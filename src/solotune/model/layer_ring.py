@@ -22,27 +22,19 @@ Order between the two streams
 
 The same kernels run in the same order on the same numbers, so losses and gradients are bit-equal to those of a base on
 the GPU.
-
-Host memory is allocated unpinned and then pinned (`cudaHostRegister`): PyTorch's own allocator of pinned memory rounds
-each block up to a power of two.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from solotune.errors import DeviceError
-from solotune.model.frozen_linear import FrozenLinear
+from solotune.model.host_blocks import HostBlock
 from solotune.model.limits import RING_SLOTS
-from solotune.units import mib
-
-ALIGNMENT = 256  # bytes: each tensor in a block begins at a multiple of it, as those of CUDA's own allocations
 
 
 class LayerRing:
@@ -51,26 +43,27 @@ class LayerRing:
     Each layer's `forward` is replaced by one that has its weights; `streamed` does the same for a compiled form of it.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], device: torch.device, slots: int = RING_SLOTS) -> None:
-        """Move the frozen weights of `layers` to pinned host memory.
-
-        Args:
-            layers: loaded, in the order in which they run; their weights may be on the host or on the device.
-            device: where they compute. On the CPU the ring works the same, without saving anything.
-            slots: S, the number of layers on the device at a time; from 2 on, copies run beside compute.
-
-        Raises:
-            DeviceError: the host does not pin so much memory.
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        blocks: Sequence[HostBlock],
+        device: torch.device,
+        slots: int = RING_SLOTS,
+    ) -> None:
+        """Args:
+        layers: loaded, in the order in which they run.
+        blocks: their frozen weights.
+        device: where they compute. On the CPU the ring works the same, without saving anything.
+        slots: S, the number of layers on the device at a time; from 2 on, copies run beside compute.
         """
         self.device, self.slots = device, min(slots, len(layers))
         self._position = {layer: position for position, layer in enumerate(layers)}
         self._forwards = [layer.forward for layer in layers]
-        blocks = [_Block(layer) for layer in layers]
-        size = max(block.num_bytes for block in blocks)
+        self._hosts = [block.host for block in blocks]
+        size = max(host.numel() for host in self._hosts)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.slots)]
-        self._hosts = [
-            _pinned(block.move_to(self._slots[position % self.slots]), device) for position, block in enumerate(blocks)
-        ]
+        for position, block in enumerate(blocks):
+            block.point_to(self._slots[position % self.slots])
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.forget()
         for layer in layers:
@@ -78,6 +71,11 @@ class LayerRing:
 
     def __contains__(self, layer: nn.Module) -> bool:
         return layer in self._position
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The streamed layers, in model order."""
+        return list(self._position)
 
     def own_forward(self, layer: nn.Module) -> Callable[..., Any]:
         """The layer's `forward` before it was in the ring."""
@@ -96,7 +94,7 @@ class LayerRing:
                 return _Leave.apply(y, self, position)
             self.enter(position)
             y = forward(x, *args, **kwargs)
-            self.leave(position, 1)
+            self.leave(position, 1, wraps=True)
             return y
 
         return run
@@ -117,13 +115,29 @@ class LayerRing:
         if (arrived := self._arrived[slot]) is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
 
-    def leave(self, position: int, direction: int) -> None:
-        """Layer `position` is done: copy the layer S further up (1) or down (-1) into its slot."""
+    def leave(self, position: int, direction: int, wraps: bool = False) -> None:
+        """Layer `position` is done: copy the layer S further up (1) or down (-1) into its slot.
+
+        Args:
+            wraps: after the last layers come the first ones, with which the next pass begins.
+        """
         if self._copies is not None:
             self._free[position % self.slots] = torch.cuda.current_stream(self.device).record_event()
         further = position + direction * self.slots
-        if 0 <= further < len(self._hosts):
+        if wraps and further >= len(self._hosts):
+            further = position % self.slots
+        if 0 <= further < len(self._hosts) and self._holds[further % self.slots] != further:
             self._copy(further)
+
+    def visit(self) -> Iterator[nn.Module]:
+        """Each layer in turn, with its weights on the device until the next one is asked for.
+
+        Outside of a layer's own pass its buffers show whichever layer is in its slot, so other readers go through this.
+        """
+        for layer, position in self._position.items():
+            self.enter(position)
+            yield layer
+            self.leave(position, 1)
 
     def finish_pass(self) -> None:
         """Bring the ring into the state in which every pass begins, and let the device wait for it."""
@@ -180,48 +194,3 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor):
         ctx.ring.enter(ctx.position)
         return grad_outputs[0], None, None
-
-
-class _Block:
-    """Where each stored tensor of a layer lies in its block of bytes."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.places: list[tuple[nn.Module, str, int]] = []
-        end = 0
-        for linear in layer.modules():
-            if not isinstance(linear, FrozenLinear):
-                continue
-            for part in linear.modules():
-                for name, tensor in part._buffers.items():
-                    if tensor is not None:
-                        self.places.append((part, name, end))
-                        end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        self.num_bytes = end
-
-    def move_to(self, slot: torch.Tensor) -> torch.Tensor:
-        """Copy the layer's tensors into a block on the host, and make them views of `slot`; returns the block."""
-        host = torch.empty(self.num_bytes, dtype=torch.uint8)
-        for part, name, start in self.places:
-            tensor = part._buffers[name]
-            assert tensor is not None
-            length = tensor.numel() * tensor.element_size()
-            flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-            host[start : start + length].copy_(flat)
-            # .data: copies into the slot must not count as changes of what autograd keeps
-            part._buffers[name] = slot.data[start : start + length].view(tensor.dtype).view(tensor.shape)
-        return host
-
-
-def _pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pin the block until it is freed."""
-    if device.type != "cuda" or not host.numel():
-        return host
-    runtime: Any = torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel(), 0)):
-        raise DeviceError(
-            "base_offload: the system does not pin enough host memory for the frozen weights",
-            seen=f"cudaHostRegister of {mib(host.numel(), 0)} MiB gives error {error}",
-            change="raise the limit of locked memory (ulimit -l), or offload fewer layers (base_offload: N)",
-        )
-    weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
-    return host

@@ -4,7 +4,7 @@ What a layer keeps
 ------------------
 Most memory of a training step is what layers keep between forward and backward. From little to much:
 
-- checkpointed and offloaded: nothing on the GPU; its input is in host memory.
+- checkpointed and offloaded: nothing on the GPU; its input is in host memory (`host_activations.py`).
 - checkpointed: its input. Backward runs the layer's forward again (Chen et al. 2016, arXiv 1604.06174).
 - neither: the outputs of its matmuls and of attention, 94 KB a token for each layer of Llama 8B. Everything between
   them (norms, rotary embedding, SiLU x up, dropout) is recomputed, which costs no more than reading it.
@@ -26,6 +26,7 @@ What it does not do: compile passes without gradients; their shapes (evaluation,
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,6 +38,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from solotune.errors import InputError
+from solotune.model.host_activations import HostActivations
+from solotune.model.host_blocks import HostBlocks
+from solotune.model.host_embedding import move_embedding_to_host
 from solotune.model.layer_ring import LayerRing
 from solotune.model.limits import MLP_CHUNK_TOKENS, offloaded_layers
 
@@ -81,9 +85,41 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
 
 
 def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["auto"]) -> list[nn.Module]:
-    """The decoder layers whose frozen weights are in host memory."""
+    """The decoder layers whose frozen weights are in host memory.
+
+    Raises:
+        InputError: a part of one is also a part of something else, which would compute with the weights of whichever
+            layer is on the device.
+    """
     layers = decoder_layers(module)
-    return [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+    chosen = [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+    if chosen:
+        owners = Counter(child for part in module.modules() for child in part.children())
+        parts = {part for layer in chosen for part in layer.modules()}
+        if any(owners[part] > 1 and next(part.parameters(), None) is not None for part in parts):
+            raise InputError(
+                f"base_offload: layers of {module.config.model_type} share parts, so they cannot be streamed alone",
+                seen=f"base_offload: {str(base_offload).lower()}",
+                change="base_offload: false",
+            )
+    return chosen
+
+
+def stream_layers(
+    module: PreTrainedModel, base_offload: bool | int | Literal["auto"], blocks: HostBlocks, device: torch.device
+) -> LayerRing | None:
+    """Stream the frozen weights of those layers from host memory; the token embedding goes there too.
+
+    Args:
+        blocks: the weights of layers that are there already.
+
+    Raises:
+        DeviceError: the system does not pin so much memory.
+    """
+    if not (layers := layers_on_host(module, base_offload)):
+        return None
+    move_embedding_to_host(module, device)
+    return LayerRing(layers, [blocks.of(layer) for layer in layers], device)
 
 
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:
@@ -97,16 +133,16 @@ def prepare_layers(
     layers: nn.ModuleList,
     recomputed: int,
     is_compiled: bool,
-    activation_offload: bool,
     ring: LayerRing | None = None,
+    offload: HostActivations | None = None,
 ) -> None:
     """Replace each layer's forward for passes with gradients; passes without gradients run the layer's own code.
 
     Args:
         recomputed: how many layers, counted from the first, are checkpointed.
-        ring: streams the weights of some of the layers.
         is_compiled: compile the layers.
-        activation_offload: keep the inputs of checkpointed layers in host memory.
+        ring: streams the weights of some of the layers.
+        offload: keeps the inputs of all checkpointed layers but the last in host memory.
     """
     for number, layer in enumerate(layers):
         plain = layer.forward
@@ -116,12 +152,13 @@ def prepare_layers(
         trained = streams.own_forward(layer) if streams else plain
         trained = compiled(trained) if is_compiled else trained
         trained = streams.streamed(layer, trained) if streams else trained
+        eager = functools.partial(checkpoint, plain, use_reentrant=False)
         if number < recomputed:
             # a compiled layer draws no random numbers: dropout hashes its seed
             trained = functools.partial(checkpoint, trained, use_reentrant=False, preserve_rng_state=not is_compiled)
-            if activation_offload:
-                trained = _with_input_on_host(trained)
-        layer.forward = _only_with_gradients(trained, plain, wants_gradient=is_compiled and number == 0)
+        if offload is not None and number < recomputed - 1:
+            trained, eager = offload.keeping(number, trained), offload.keeping(number, eager)
+        layer.forward = _only_with_gradients(trained, plain, eager, wants_gradient=is_compiled and number == 0)
 
 
 _runs_eager: ContextVar[bool] = ContextVar("runs_eager", default=False)
@@ -138,16 +175,16 @@ def eager_layers() -> Iterator[None]:
 
 
 def _only_with_gradients(
-    trained: Callable[..., Any], plain: Callable[..., Any], wants_gradient: bool
+    trained: Callable[..., Any], plain: Callable[..., Any], eager: Callable[..., Any], wants_gradient: bool
 ) -> Callable[..., Any]:
-    """Run `trained` only with gradients; give the first layer's input one, so that all layers share one graph."""
+    """Run `trained` (or `eager`) only with gradients; the first layer's input has one: so all layers share a graph."""
 
     @functools.wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         if _runs_eager.get():  # read outside what is compiled, so nothing is traced again
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+            return eager(*args, **kwargs)
         if wants_gradient and args and not args[0].requires_grad:
             args[0].requires_grad_()
         return trained(*args, **kwargs)
@@ -166,14 +203,6 @@ def _compile_lean(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any
 
     with functorch_config.patch(PARTITIONER_OPTIONS):
         return compile_fx(graph, example_inputs)
-
-
-def _with_input_on_host(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return forward(*args, **kwargs)
-
-    return run
 
 
 def _in_parts(forward: Callable[..., Any], is_compiled: bool) -> Callable[..., Any]:

@@ -49,15 +49,24 @@ from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate, collate_packs
 from solotune.errors import InputError
 from solotune.hardware.gpu_errors import stage
-from solotune.hardware.machine import ram
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import lora, loss, packed_attention
 from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
-from solotune.model.frozen_linear import FrozenLinear, NF4Weight, frozen_linears
+from solotune.model.frozen_linear import FrozenLinear, frozen_linears
+from solotune.model.host_activations import HostActivations
+from solotune.model.host_blocks import HostBlocks
 from solotune.model.layer_ring import LayerRing
-from solotune.model.layers import decoder_layers, language_model, layers_on_host, num_checkpointed, prepare_layers
+from solotune.model.layers import (
+    decoder_layers,
+    language_model,
+    layers_on_host,
+    num_checkpointed,
+    prepare_layers,
+    stream_layers,
+)
 from solotune.model.lm_head import check_head, head_of
+from solotune.model.residency import settle_residency
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
@@ -69,7 +78,7 @@ from solotune.model.weights import (
     match_names,
     read_tensors,
 )
-from solotune.units import first_line, gib, mib
+from solotune.units import first_line
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, all of it, and what it is."""
@@ -90,6 +99,7 @@ class TrainableModel:
     is_compiled: bool = False
     uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
     ring: LayerRing | None = None  # streams the frozen weights of layers from host memory
+    offload: HostActivations | None = None  # keeps the inputs of checkpointed layers there
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -168,22 +178,21 @@ def load_model(
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    module, found = _read_base(module, model_files, attention_name, config, dtype, device, progress)
+    module, found, blocks = _read_base(module, model_files, attention_name, config, dtype, device, progress)
     choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    offloaded = layers_on_host(module, config.base_offload)
-    ring = LayerRing(offloaded, device) if offloaded else None
+    ring = stream_layers(module, config.base_offload, blocks, device)
     if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
-        choices += _settle_residency(module, config.base_residency, dtype, device)
+        choices += settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
     lora_layers = lora.attach(module, config.lora, device, is_compiled=config.torch_compile, inside=inside)
     head = head_of(module)
     check_head(module, head, device)
     model = TrainableModel(
         module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile,
-        ring=ring,
+        ring=ring, offload=HostActivations(device) if config.activation_offload else None,
     )  # fmt: skip
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
@@ -195,7 +204,7 @@ def load_model(
             change="packing: false",
         )
     recomputed = num_checkpointed(config.gradient_checkpointing, len(layers))
-    prepare_layers(layers, recomputed, model.is_compiled, config.activation_offload, ring)
+    prepare_layers(layers, recomputed, model.is_compiled, ring, model.offload)
     return model
 
 
@@ -207,8 +216,11 @@ def _read_base(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None,
-) -> tuple[PreTrainedModel, list[Choice]]:
-    """Read the weights into a model without weights (or another one of its class); returns it and what was chosen."""
+) -> tuple[PreTrainedModel, list[Choice], HostBlocks]:
+    """Read the weights into a model without weights (or another one of its class).
+
+    Returns: the model, what was chosen, and the weights of layers in host memory.
+    """
     folder, family = model_files.folder, module.config.model_type
     files = weight_files(folder)
     match = match_names(module, files)
@@ -227,10 +239,10 @@ def _read_base(
     for one, two in untied.items():
         choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
     tensors = _counted(tensors, len(given), progress)
-    _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
+    blocks = _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
     tie(module, given)
     _check_complete(module, folder)
-    return module, choices
+    return module, choices, blocks
 
 
 def _not_used(architecture: str, model_files: ModelFiles, files: list[Path], match: TensorMatch) -> list[Choice]:
@@ -269,12 +281,16 @@ def _fill(
     dtype: torch.dtype,
     device: torch.device,
     where: str,
-) -> None:
+) -> HostBlocks:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
     frozen = frozen_linears(module)
-    waiting = {linear for layer in layers_on_host(module, precision.base_offload) for linear in layer.modules()}
+    blocks = HostBlocks(layers_on_host(module, precision.base_offload), frozen, device)
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
+    for part in module.modules():  # buffers that were computed while the module was built
+        for name, buffer in part._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                part._buffers[name] = buffer.to(device)
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
         wanted = getattr(frozen.get(owner) or module.get_submodule(owner), leaf)
@@ -292,43 +308,21 @@ def _fill(
         elif leaf == "weight":
             transposed = isinstance(frozen[owner], Conv1D)
             storage = store_weight(tensor.T.contiguous() if transposed else tensor, precision, dtype)
-            if frozen[owner] in waiting:  # quantised on the device, then out of its way until the ring is made
-                storage = storage.cpu()
             parent, _, last = owner.rpartition(".")
             setattr(module.get_submodule(parent), last, FrozenLinear(storage, biases.get(owner), transposed))
         else:
             biases[owner] = tensor.to(dtype)
             if isinstance(done := module.get_submodule(owner), FrozenLinear):
                 done.bias_O = biases[owner]
-    for part in module.modules():  # buffers that were computed while the module was built
-        for name, buffer in part._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                part._buffers[name] = buffer.to(device)
+        if owner in frozen:
+            blocks.loaded(owner)
+    return blocks
 
 
 def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     """Names that the architecture keeps in float32 whatever the model's dtype (routers); None if there are none."""
     names = [name for name, kept in module._get_dtype_plan(dtype).items() if kept == torch.float32]
     return re.compile("|".join(name.replace("*", ".*") for name in names)) if names else None
-
-
-def _settle_residency(
-    module: PreTrainedModel, base_residency: str, dtype: torch.dtype, device: torch.device
-) -> list[Choice]:
-    """Keep an unpacked copy of the 4-bit weights: if the config says so, or (auto) in a quarter of the free memory."""
-    storages = [part for part in module.modules() if isinstance(part, NF4Weight)]
-    copy_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
-    residency, choices = base_residency, []
-    if residency == "auto":
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
-        residency = "dequantized" if copy_bytes < free / 4 else "quantized"
-        reason = f"unpacked weights take {mib(copy_bytes, 0)} MiB of {gib(free, 0)} GiB free"
-        reason += ", and save unpacking in every pass" if residency == "dequantized" else ", more than a quarter"
-        choices = [Choice("base_residency", residency, reason)]
-    if residency == "dequantized":
-        for part in storages:
-            part.keep_dequantized_copy(dtype)
-    return choices
 
 
 def _set(owner: nn.Module, leaf: str, tensor: torch.Tensor) -> None:

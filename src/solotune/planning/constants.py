@@ -44,7 +44,7 @@ LAYER_SECONDS = 2.2e-4  # guards, autograd nodes and hooks of one compiled layer
 GRAPH_KERNEL_SECONDS = 1.2e-6  # the least time of a kernel in a CUDA graph
 STEP_SECONDS = 0.003  # reading rows, the optimizer's launches, the loss's transfer to the host
 
-OFFLOAD_BYTES_PER_SECOND = 20e9  # to pinned host memory and back, over PCIe
+DUPLEX_SHARE = 0.89  # of the link's rate that each direction has while both copy (48.9 of 54.9 GB/s, one H200)
 
 # --- once per run
 CUDA_IMPORT_SECONDS = 3.0

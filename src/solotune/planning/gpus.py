@@ -2,8 +2,9 @@
 
 Memory is the total that CUDA shows (a few hundred MB below the name's round figure). Speeds are dense tensor-core rates
 without sparsity and memory bandwidths, from NVIDIA's data sheets and architecture white papers: Ampere GA100 and GA102,
-Ada AD102, Hopper H100 and H200, Turing TU102/TU104, Blackwell GB202. Consumer cards' bf16 rates are those with float32
-accumulation, which training uses.
+Ada AD102 to AD107, Hopper H100 and H200, Turing TU102/TU104, Blackwell GB202. Consumer cards' rates are those with
+float32 accumulation, which training uses. A laptop's card has those of its usual boost clock; its power limit can lower
+them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Card:
     compute_capability: tuple[int, int] | None
     link_bytes: float  # a second, from pinned host memory over PCIe
     shown_as: tuple[str, ...] = ()  # parts of the name that torch shows
+    link_is_measured: bool = False
 
     @property
     def has_bf16(self) -> bool:
@@ -64,11 +66,14 @@ CARDS = {
         _card("a10g", 22.06, 70, None, 600, "8.6", "4", "A10G"),
         _card("a10", 22.06, 125, None, 600, "8.6", "4", "NVIDIA A10"),
         _card("a6000", 47.43, 155, None, 768, "8.6", "4", "RTX A6000"),
-        _card("3060", 11.75, 51, None, 360, "8.6", "4", "RTX 3060"),
+        _card("3060", 11.75, 25.5, None, 360, "8.6", "4", "RTX 3060"),
+        _card("3070", 7.79, 40.6, None, 448, "8.6", "4", "RTX 3070"),
         _card("3090", 23.69, 71, None, 936, "8.6", "4", "RTX 3090"),
-        _card("4060ti-16", 15.7, 88, 177, 288, "8.9", "4x8", "RTX 4060 Ti"),
-        _card("4070", 11.7, 117, 233, 504, "8.9", "4", "RTX 4070"),
-        _card("4080", 15.7, 195, 390, 717, "8.9", "4", "RTX 4080"),
+        _card("4060ti-16", 15.7, 44.1, 88.2, 288, "8.9", "4x8", "RTX 4060 Ti"),
+        _card("4060-laptop", 7.62, 23.2, 46.4, 256, "8.9", "4x8", "RTX 4060 Laptop"),
+        _card("4060", 7.62, 30.2, 60.5, 272, "8.9", "4x8", "RTX 4060"),
+        _card("4070", 11.7, 58.3, 116.6, 504, "8.9", "4", "RTX 4070"),
+        _card("4080", 15.7, 97.5, 194.9, 717, "8.9", "4", "RTX 4080"),
         _card("4090", 23.64, 165, 330, 1008, "8.9", "4", "RTX 4090"),
         _card("l4", 22.03, 121, 242, 300, "8.9", "4", "NVIDIA L4"),
         _card("l40s", 44.4, 362, 733, 864, "8.9", "4", "L40S"),

@@ -107,6 +107,8 @@ class ModelShape:
     lora_r: int
     dtype_bytes: int
     is_compiled: bool
+    layer_linears: tuple[tuple[Linear, ...], ...]  # those of `linears` that are in each layer
+    embedding_parameters: int  # of the token embedding, as part of `other_parameters`; 0 if it is the head too
     coverage: AdapterCoverage | None = None  # which parts have adapters
 
     @property

@@ -5,6 +5,9 @@
     head       all of that, and a chunk of logits with its gradient
     backward   it shrinks again layer by layer; a checkpointed layer is first run forward again
 
+What lies in host memory is not on the card: frozen layers, but for the two slots that they pass through, with them the
+token embedding; the inputs of checkpointed layers, but for two (`layer_ring`, `host_embedding`, `host_activations`).
+
 The peak is the largest of these moments, each summed from the costs of the layers, in order. It is what the allocator
 has given out (`torch.cuda.max_memory_allocated`); `card_bytes` adds the memory outside the allocator.
 
@@ -15,12 +18,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from solotune.model.limits import MLP_CHUNK_TOKENS, RING_SLOTS
+from solotune.model.limits import MLP_CHUNK_TOKENS, RING_SLOTS, offloaded_layers
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
-from solotune.planning.layer_profile import BaseWeights, LayerCost, MemoryStrategy, ModelShape, Workload
+from solotune.planning.layer_profile import (
+    BaseWeights,
+    LayerCost,
+    Linear,
+    MemoryStrategy,
+    ModelShape,
+    Precision,
+    Workload,
+)
+from solotune.units import gib
 
 CATEGORIES = (
     "weights",
@@ -37,6 +50,20 @@ MIN_8BIT_WEIGHTS = 4096  # bitsandbytes keeps smaller tensors' moments in 32 bit
 MIN_PAGED_WEIGHTS = 100_000  # and pages only the moments of larger ones
 
 
+class HostMemory(NamedTuple):
+    """Bytes of pinned host memory."""
+
+    layers: int = 0  # frozen weights of streamed layers
+    embedding: int = 0  # token embedding
+    activations: int = 0  # inputs of checkpointed layers
+
+    def in_words(self) -> str:
+        """`4.5 GiB (3.5 of frozen layers, 1.0 of the embedding)`."""
+        names = ("of frozen layers", "of the embedding", "of activations")
+        parts = [f"{gib(size)} {name}" for size, name in zip(self, names, strict=True) if size]
+        return f"{gib(sum(self))} GiB" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+
+
 @dataclass(frozen=True)
 class PeakMemory:
     """Bytes at the peak."""
@@ -45,7 +72,12 @@ class PeakMemory:
     moment: str  # forward, head or backward: when the peak is
     paged_bytes: int  # paged optimizer state, outside the allocator
     outside_bytes: int  # CUDA context and fragmentation
-    host_bytes: int  # offloaded activations, and the frozen weights of streamed layers
+    host: HostMemory
+
+    @property
+    def host_bytes(self) -> int:
+        """Pinned host memory."""
+        return sum(self.host)
 
     @property
     def peak_bytes(self) -> int:
@@ -60,53 +92,82 @@ class PeakMemory:
 
 def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> PeakMemory:
     """The peak of a training step of the largest micro-batch."""
-    on_host, on_card = streamed_bytes(shape, knobs)
+    is_cpu = card.is_cpu
+    host = host_memory(shape, knobs, work)
+    slots = ring_bytes(shape, knobs)
+    weights, scales = weight_bytes(shape, knobs) + slots.weights, quantisation_bytes(shape, knobs) + slots.scales
+    if not is_cpu:  # a CPU's host memory is its memory
+        their_weights = sum(stored_bytes(shape, number, knobs).weights for number in _streamed(shape, knobs))
+        weights -= host.embedding + their_weights
+        scales -= host.layers - their_weights
     fixed = {
-        "weights": weight_bytes(shape, knobs) - on_host.weights + on_card.weights,
-        "quantization_state": quantisation_bytes(shape, knobs) - on_host.scales + on_card.scales,
+        "weights": weights,
+        "quantization_state": scales,
         "adapters": 4 * joined_weights(shape),
         "gradients": 4 * joined_weights(shape),
         "optimizer": (optimizer := optimizer_bytes(shape, knobs))[0],
     }
     peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
     moment, activations, logits = peak.name, peak.activations, peak.logits
-    is_cpu = card.is_cpu
-    workspace = _expansion_bytes(shape, knobs) + (
-        0 if is_cpu else _library_bytes(card, work.has_one_shape and not knobs.is_offloaded)
-    )
+    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card, work.has_one_shape))
     sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
     paged = optimizer[1]
     if is_cpu:
         evaluated = _evaluation_bytes(shape, work)
         if evaluated > activations + logits:
             sizes["activations"], sizes["logits"], moment = 0, evaluated, "evaluation"
+        sizes["activations"] += host.activations
         alive = sum(sizes[name] for name in ("activations", "logits", "gradients", "optimizer"))
         sizes["workspace"] += known.CPU_PROCESS_BYTES + (known.CPU_HEAP_SLACK - 1) * alive
         paged = 0
     used = sum(sizes.values())
     outside = 0 if is_cpu else known.CONTEXT_BYTES + (known.FRAGMENTATION - 1) * used
-    hosted = float(sum(on_host))
-    if knobs.is_offloaded:
-        hosted += sum(c.output.at(work.rows, work.tokens) for c in shape.layers[: knobs.num_checkpointed])
-    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), round(hosted))
+    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), host)
 
 
 class StoredBytes(NamedTuple):
     """Bytes of frozen linears, as they are stored."""
 
-    weights: float
-    scales: float
+    weights: int
+    scales: int
 
 
-def streamed_bytes(shape: ModelShape, knobs: MemoryStrategy) -> tuple[StoredBytes, StoredBytes]:
-    """Bytes of the streamed layers (in host memory), and of the ring that they pass through (on the card)."""
-    depth = len(shape.layers)
-    linears = weight_bytes(shape, knobs) - shape.dtype_bytes * shape.other_parameters
-    one = StoredBytes(linears / depth, quantisation_bytes(shape, knobs) / depth)
-    count, slots = knobs.num_streamed, min(RING_SLOTS, knobs.num_streamed)
-    return (
-        StoredBytes(one.weights * count, one.scales * count),
-        StoredBytes(one.weights * slots, one.scales * slots),
+def _streamed(shape: ModelShape, knobs: MemoryStrategy) -> list[int]:
+    return offloaded_layers(knobs.num_streamed, len(shape.layers))
+
+
+def stored_bytes(shape: ModelShape, number: int, knobs: MemoryStrategy) -> StoredBytes:
+    """Bytes of the frozen linears of one layer: one copy over the link."""
+    return _stored_bytes(
+        shape.layer_linears[number], shape.dtype_bytes, knobs.base_precision, knobs.is_double_quantised
+    )
+
+
+@lru_cache
+def _stored_bytes(
+    linears: tuple[Linear, ...], dtype_bytes: int, precision: Precision, is_double_quantised: bool
+) -> StoredBytes:
+    knobs = MemoryStrategy(precision, is_double_quantised, False, 0, False, "adamw_torch", "cpu")
+    base = BaseWeights(linears, 0, dtype_bytes)
+    return StoredBytes(weight_bytes(base, knobs), quantisation_bytes(base, knobs))
+
+
+def ring_bytes(shape: ModelShape, knobs: MemoryStrategy) -> StoredBytes:
+    """Bytes on the card of the slots that streamed layers pass through: each holds the largest of them."""
+    numbers = _streamed(shape, knobs)
+    largest = max((stored_bytes(shape, number, knobs) for number in numbers), key=sum, default=StoredBytes(0, 0))
+    slots = min(RING_SLOTS, len(numbers))
+    return StoredBytes(slots * largest.weights, slots * largest.scales)
+
+
+def host_memory(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> HostMemory:
+    """Pinned host memory of a run; its activations are those of the largest micro-batch."""
+    numbers = _streamed(shape, knobs)
+    inputs = shape.layers[: max(0, knobs.num_checkpointed - 1)] if knobs.is_offloaded else ()
+    return HostMemory(
+        layers=sum(sum(stored_bytes(shape, number, knobs)) for number in numbers),
+        embedding=shape.dtype_bytes * shape.embedding_parameters if numbers else 0,
+        activations=round(sum(layer.output.at(work.rows, work.tokens) for layer in inputs)),
     )
 
 
@@ -170,18 +231,23 @@ def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_
     """All candidates for the peak of a micro-batch: each layer while it runs, and the head."""
     b, t = work.rows, work.tokens
     first = shape.layers[0].output.at(b, t)  # output of the embedding; every layer's input has this size
-    kept = 0.0 if knobs.is_offloaded and knobs.num_checkpointed else first
-    brought_back = first * knobs.is_offloaded
+    last = knobs.num_checkpointed - 1
+    kept = first
     moments, below = [], []  # below: what is allocated when a layer starts
-    for number, layer in enumerate(shape.layers):
+    kinds: dict[tuple[int, bool], _LayerBytes] = {}
+    sizes = [
+        kinds.get(kind) or kinds.setdefault(kind, _layer_bytes(layer, work, kind[1]))
+        for number, layer in enumerate(shape.layers)
+        for kind in [(id(layer), number <= last)]
+    ]
+    for number, one in enumerate(sizes):
         below.append(kept)
-        is_checkpointed = number < knobs.num_checkpointed
-        at_work = _in_parts(layer.forward_peak.at(b, t), layer, work, is_checkpointed)
-        moments.append(_Moment("forward", kept + brought_back + at_work, 0.0))
-        if not is_checkpointed:
-            kept += layer.kept.at(b, t)
-        elif not knobs.is_offloaded or number == knobs.num_checkpointed - 1:
-            kept += layer.output.at(b, t)
+        moments.append(_Moment("forward", kept + one.forward, 0.0))
+        if number > last:
+            kept += one.kept
+        elif not knobs.is_offloaded or number in (0, last):
+            # offloaded: beside a layer's input, the one before it leaves (or arrives); the last one's stays
+            kept += one.output
     outside = shape.outside
     with_norm = kept + outside.kept.at(b, t) - first
     moments += [
@@ -190,14 +256,25 @@ def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_
         _Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0),
         _Moment("step", 4.0 * joined_weights(shape) if knobs.optim == "adamw_torch" else 0.0, 0.0),
     ]
-    for number, layer in enumerate(shape.layers):
-        is_checkpointed = number < knobs.num_checkpointed
-        at_work = layer.kept.at(b, t) - layer.output.at(b, t) + layer.backward_extra.at(b, t)
-        if is_checkpointed:
-            at_work = brought_back + max(at_work, layer.forward_peak.at(b, t) + layer.output.at(b, t))
-        at_work = below[number] + _in_parts(at_work, layer, work, is_checkpointed)
-        moments.append(_Moment("backward", at_work, 0.0))
+    moments += [_Moment("backward", kept + one.backward, 0.0) for kept, one in zip(below, sizes, strict=True)]
     return moments
+
+
+class _LayerBytes(NamedTuple):
+    kept: float
+    output: float
+    forward: float  # allocated while it runs forward
+    backward: float
+
+
+def _layer_bytes(layer: LayerCost, work: Workload, is_checkpointed: bool) -> _LayerBytes:
+    b, t = work.rows, work.tokens
+    kept, output, forward = layer.kept.at(b, t), layer.output.at(b, t), layer.forward_peak.at(b, t)
+    backward = kept - output + layer.backward_extra.at(b, t)
+    if is_checkpointed:
+        backward = max(backward, forward + output)
+    parts = [_in_parts(size, layer, work, is_checkpointed) for size in (forward, backward)]
+    return _LayerBytes(kept, output, *parts)
 
 
 def _in_parts(at_work: float, layer: LayerCost, work: Workload, is_checkpointed: bool) -> float:

@@ -97,6 +97,8 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
         lora_r=config.lora_r,
         dtype_bytes=dtype.itemsize,
         is_compiled=config.torch_compile,
+        layer_linears=tuple(_counted(module, set(lora_layers), within=set(layer.modules())) for layer in layers),
+        embedding_parameters=_own_embedding(module),
         coverage=coverage,
     )
 
@@ -141,10 +143,20 @@ def _fill_with_fakes(module: PreTrainedModel, in_fp8: bool, dtype: torch.dtype) 
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
 
 
-def _counted(module: PreTrainedModel, lora_layers: set[str]) -> tuple[Linear, ...]:
+def _own_embedding(module: PreTrainedModel) -> int:
+    """Parameters of the token embedding; 0 if the output head is the same table (`host_embedding`)."""
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
+        return 0
+    return embedding.num_embeddings * embedding.embedding_dim
+
+
+def _counted(
+    module: PreTrainedModel, lora_layers: set[str], within: set[nn.Module] | None = None
+) -> tuple[Linear, ...]:
     found: Counter[tuple[int, int, bool, bool]] = Counter()
     for name, part in module.named_modules():
-        if isinstance(part, FrozenLinear):
+        if isinstance(part, FrozenLinear) and (within is None or part in within):
             own = name.removesuffix(".base")
             found[part.out_features, part.in_features, part.bias_O is not None, own in lora_layers] += 1
     return tuple(Linear(o, i, count, bias, is_adapted) for (o, i, bias, is_adapted), count in found.items())

@@ -13,12 +13,14 @@ from solotune.planning.layer_profile import MemoryStrategy
 from solotune.planning.memory import PeakMemory
 from solotune.planning.throughput import Seconds
 from solotune.result_repr import ResultRepr, Table
-from solotune.units import format_bytes, format_duration, gib
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time, gib
 
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
 SHARE_OF_HOST = 0.9
-"""The share of the host's free memory that a run may pin."""
+"""The share of the host's free memory that a run may pin. Free is what the system has available, or what is left below
+the limit of the container (cgroup v2 `memory.max`), which counts pinned pages like all others. `cudaHostRegister` pins
+through NVIDIA's driver, which does not ask for the limit of locked memory (`ulimit -l`, RLIMIT_MEMLOCK)."""
 SHARE_OF_CARD = 0.94
 """The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
 processes and the driver."""
@@ -32,10 +34,23 @@ class Budget(NamedTuple):
     because: str
     host_bytes: int | None = None  # free memory of the host; None: not known
 
+    @property
+    def pinnable_bytes(self) -> int | None:
+        """Host memory that a run may pin; None: not known."""
+        return None if self.host_bytes is None else int(SHARE_OF_HOST * self.host_bytes)
+
     def holds(self, used: PeakMemory) -> bool:
-        if used.host_bytes and self.host_bytes is not None and used.host_bytes > SHARE_OF_HOST * self.host_bytes:
-            return False
+        return self.card_holds(used) and self.host_holds(used)
+
+    def card_holds(self, used: PeakMemory) -> bool:
         return used.peak_bytes * SAFETY <= self.bytes and used.card_bytes * SAFETY <= self.available_bytes
+
+    def host_holds(self, used: PeakMemory) -> bool:
+        return not used.host_bytes or self.pinnable_bytes is None or used.host_bytes <= self.pinnable_bytes
+
+    def lack(self, used: PeakMemory) -> tuple[bool, int]:
+        """Orders what does not fit: lacking host memory alone comes first, then bytes."""
+        return (False, used.host_bytes) if self.card_holds(used) else (True, used.peak_bytes)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,12 @@ class Plan(ResultRepr):
         """Whether a fault that `allow_faults` does not name would stop the run."""
         return any(finding["code"] not in self.allowed for finding in self.findings or ())
 
+    @property
+    def lacks_host_memory(self) -> bool:
+        """Whether it would fit on the card, and only host memory is too small."""
+        used = self.option.footprint
+        return not self.fits and self.budget.card_holds(used) and not self.budget.host_holds(used)
+
     def figures(self) -> dict[str, object]:
         used, took = self.option.footprint, self.option.seconds
         return {
@@ -82,9 +103,35 @@ class Plan(ResultRepr):
             "change": None if self.fits else self.suggestion(),
         }
 
+    def times(self) -> dict[str, str]:
+        """Predicted times in words, and the rate of the link if host memory is used."""
+        took, card = self.option.seconds, self.card
+        facts = {
+            "load": format_duration(took.load),
+            "first step": format_duration(took.first_step),
+            "step": f"{format_step_time(took.step)}, {format_rate(took.tokens_per_second)} (predicted)",
+        }
+        if took.total is not None:
+            facts["total"] = format_duration(took.total)
+        if self.option.footprint.host_bytes:
+            how = "measured" if card.link_is_measured else "as such cards have; solotune doctor measures it"
+            facts["link"] = f"{card.link_bytes / 1e9:.1f} GB/s from host memory to the card, {how}"
+        return facts
+
+    def host_memory(self) -> list[tuple[str, int]]:
+        """(what, bytes) in pinned host memory, their sum and its limit; empty if nothing is there."""
+        host = self.option.footprint.host
+        if not sum(host):
+            return []
+        rows = [(f"{name} in host memory", size) for name, size in host._asdict().items() if size]
+        rows.append(("pinned host memory", sum(host)))
+        most = self.budget.pinnable_bytes
+        return rows if most is None else [*rows, ("host memory that may be pinned", most)]
+
     def tables(self) -> list[Table]:
         used = self.option.footprint
         memory = [(name.replace("_", " "), format_bytes(size)) for name, size in used.by_category.items()]
+        memory += [(name, format_bytes(size)) for name, size in self.host_memory()]
         choices = [(choice.key, value_in_words(choice.value), choice.because) for choice in self.choices]
         findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
         return [
@@ -106,6 +153,9 @@ class Plan(ResultRepr):
             "by_category": used.by_category,
             "budget_bytes": self.budget.bytes,
             "host_bytes": used.host_bytes,
+            "host_by_category": used.host._asdict(),
+            "host_budget_bytes": self.budget.pinnable_bytes,
+            "link_bytes_per_second": self.card.link_bytes,
             "seconds": took.to_json(),
             "tokens_per_second": took.tokens_per_second,
             "choices": [choice._asdict() for choice in self.choices],
@@ -118,6 +168,14 @@ class Plan(ResultRepr):
     def refusal(self) -> CheckError:
         """The error for a run that does not fit."""
         used = self.option.footprint
+        if self.lacks_host_memory:
+            free = f"{gib(self.budget.host_bytes or 0)} GiB that are free"
+            return CheckError(
+                "the run does not fit in host memory",
+                seen=f"{used.host.in_words()} to pin; the GPU would hold its part, {gib(used.peak_bytes)} GiB",
+                allowed=f"{gib(self.budget.pinnable_bytes or 0)} GiB: {SHARE_OF_HOST:.0%} of the {free}",
+                change=self.suggestion(),
+            )
         seen = (
             f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
         )
@@ -129,6 +187,9 @@ class Plan(ResultRepr):
 
     def suggestion(self) -> str:
         """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
+        if self.changed is None and self.lacks_host_memory:
+            needed = self.option.footprint.host_bytes / SHARE_OF_HOST
+            return f"{gib(round(needed))} GiB of free host memory, a smaller model, or a larger card"
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]

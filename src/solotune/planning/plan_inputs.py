@@ -39,6 +39,7 @@ def plan_for(
     prepared: Prepared | None,
     gpu: str | None = None,
     model_files: ModelFiles | None = None,
+    host_memory: int | None = None,
 ) -> Plan:
     """The plan of a config that is resolved for the machine it would run on.
 
@@ -46,6 +47,7 @@ def plan_for(
         prepared: its rows; None: not known, full rows are assumed.
         gpu: a card of the table, instead of this machine's.
         model_files: the files of the config's model; None: they are resolved here.
+        host_memory: free bytes of the host; None: this machine's, or not known for a card of the table.
 
     Raises:
         InputError: no such card, a budget that the card does not have, or see `model_shape`.
@@ -54,12 +56,15 @@ def plan_for(
     shapes = shapes_of(model_files)
     first = planner.precisions(config.memory, card)[0]
     positions = shapes(config.replaced("plan", base_precision=first)).max_positions
-    if prepared is None:
-        work = full_rows(config.batches, positions)
-    else:
-        work = work_of(config.batches, config.evaluation, prepared)
-    host = machine.ram_free_bytes if gpu is None and not card.is_cpu else None
-    return planner.make_plan(config, shapes, card, work, free, host_free_bytes=host)
+
+    def work(config: RunConfig) -> Workload:
+        if prepared is None:
+            return full_rows(config.batches, positions)
+        return work_of(config.batches, config.evaluation, prepared)
+
+    if host_memory is None and gpu is None and not card.is_cpu:
+        host_memory = machine.ram_free_bytes
+    return planner.make_plan(config, shapes, card, work(config), free, host_free_bytes=host_memory, workloads=work)
 
 
 def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
@@ -68,7 +73,7 @@ def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
         assert machine.gpu and machine.gpu_bytes and machine.compute_capability
         card = card_of(machine.gpu, machine.gpu_bytes, machine.compute_capability)
         with suppress(RuntimeError):  # no room for the copy: the table's figure stands
-            card = replace(card, link_bytes=link.host_to_device_bytes_per_second())
+            card = replace(card, link_bytes=link.host_to_device_bytes_per_second(), link_is_measured=True)
         return card, machine.gpu_free_bytes or machine.gpu_bytes
     return cpu_card(machine.ram_bytes, cpu_gflops()), machine.ram_free_bytes
 

@@ -5,6 +5,7 @@
         of all (layers checkpointed, dequantized copy kept, offload) that fit: the fastest
     the first precision for which one fits is taken
     if none fits, frozen layers are streamed from the host: as few as needed, or the fastest number
+    where they are streamed, a micro-batch may have more rows, at the same rows a step (`micro_batch`)
 
 A key that the config sets is kept; only `auto` is chosen. If nothing fits, the plan suggests the smallest change to the
 config that does, tried in the order of what it costs the user (`_changes`).
@@ -22,13 +23,14 @@ from itertools import product
 from typing import NamedTuple, get_args
 
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
-from solotune.config.settings import BatchSettings, MemorySettings
+from solotune.config.settings import MICRO_BATCH, BatchSettings, MemorySettings
 from solotune.errors import InputError
 from solotune.model.limits import offloaded_layers
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
-from solotune.planning.memory import footprint, streamed_bytes
+from solotune.planning.memory import footprint
+from solotune.planning.micro_batch import Workloads, larger_micro_batch
 from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan
 from solotune.planning.throughput import seconds
 from solotune.units import gib
@@ -49,6 +51,7 @@ def make_plan(
     free_bytes: int | None,
     notes: list[str] | None = None,
     host_free_bytes: int | None = None,
+    workloads: Workloads | None = None,
 ) -> Plan:
     """Plan `config`: the fastest memory strategy that fits, or how to make one fit.
 
@@ -60,15 +63,27 @@ def make_plan(
         free_bytes: free memory of this machine's card; None for a card that is not in this machine.
         notes: for the user, added to those of the plan.
         host_free_bytes: free memory of the host; None: not known.
+        workloads: the work of a step for a config with another micro-batch; None: rows as long as those of `work`.
 
     Raises:
         InputError: the budget is more than the card has.
     """
     budget = budget_of(config.memory, card, free_bytes)._replace(host_bytes=host_free_bytes)
-    option, resolved, fits = _best(config, shapes, card, work, budget)
+
+    def best(config: RunConfig, work: Workload) -> tuple[Candidate, RunConfig, bool]:
+        return _best(config, shapes, card, work, budget)
+
+    option, resolved, fits = best(config, work)
+    notes, choices = list(notes or []), list[Choice]()
+    if fits and (larger := larger_micro_batch(config, option, work, best, workloads)):
+        if config.memory.micro_batch_is_open:
+            choices = larger.choices(option)
+            option, resolved, work = larger
+        elif "plan" not in map(config.source_of, MICRO_BATCH):  # a resumed run keeps what the plan chose
+            notes.append(larger.note(option))
     shape = shapes(resolved)
-    notes = [*(notes or []), *_notes(shape, work)]
-    choices = _choices(config.memory, option, card, shape, fits)
+    notes += _notes(shape, work, option, budget)
+    choices = [*_choices(config.memory, option, card, shape, fits), *choices]
     changes, changed = ([], None) if fits else _suggestion(config, shapes, card, work, budget)
     return Plan(card, budget, option, fits, choices, notes, changes, changed, resolved, shape.coverage)
 
@@ -130,29 +145,30 @@ def precisions(settings: MemorySettings, card: Card) -> list[Precision]:
 def _best(
     config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
 ) -> tuple[Candidate, RunConfig, bool]:
-    """The fastest option that fits, else the one that needs the least memory; its config; whether it fits."""
-    smallest: tuple[Candidate, RunConfig] | None = None
+    """The fastest option that fits, else the one that lacks the least memory; its config; whether it fits."""
+    smallest: tuple[tuple[bool, int], Candidate, RunConfig] | None = None
     settings = config.memory
     for precision, offloads in _attempts(settings, card):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
-        options = [
-            Candidate(knobs, used, seconds(shape, knobs, work, card))
+        sized = [
+            (knobs, footprint(shape, knobs, work, card))
             for offload in offloads
             for knobs in _knobs(resolved.memory, shape, card, offload)
-            for used in [footprint(shape, knobs, work, card)]
         ]
-        if not options:
+        if not sized:
             continue
-        fitting = [option for option in options if budget.holds(option.footprint)]
-        if fitting:
-            best = min(fitting, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
+        if fitting := [(knobs, used) for knobs, used in sized if budget.holds(used)]:
+            options = [Candidate(knobs, used, seconds(shape, knobs, work, card)) for knobs, used in fitting]
+            best = min(options, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
             return best, resolved.replaced("plan", **_chosen(settings, best.knobs, shape)), True
-        least = min(options, key=lambda option: option.footprint.peak_bytes)
-        if smallest is None or least.footprint.peak_bytes < smallest[0].footprint.peak_bytes:
-            smallest = least, resolved.replaced("plan", **_chosen(settings, least.knobs, shape))
+        knobs, used = min(sized, key=lambda one: budget.lack(one[1]))
+        lack = budget.lack(used)
+        if smallest is None or lack < smallest[0]:
+            chosen = resolved.replaced("plan", **_chosen(settings, knobs, shape))
+            smallest = lack, Candidate(knobs, used, seconds(shape, knobs, work, card)), chosen
     assert smallest is not None
-    return *smallest, False
+    return *smallest[1:], False
 
 
 class _Offload(NamedTuple):
@@ -243,24 +259,28 @@ def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: Mod
         choices.append(Choice("gradient_checkpointing", _number_of_layers(n, depth), why))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
-        why = (
-            f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
-            if knobs.has_dequantized_copy
-            else f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
-        )
+        why = f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
+        if knobs.has_dequantized_copy:
+            why = f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
+        elif knobs.num_streamed:
+            why = "layers that stream are unpacked when they are used"
         choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
     if knobs.num_streamed and settings.base_offload == "auto":
-        host = gib(sum(streamed_bytes(shape, knobs)[0]))
+        host = gib(option.footprint.host.layers)
         why = f"the base does not fit; {knobs.num_streamed} of {depth} layers stream from {host} GiB of pinned memory"
         choices.append(Choice("base_offload", _number_of_layers(knobs.num_streamed, depth), why))
     if knobs.is_offloaded and settings.offload_is_open:
-        host = f"{gib(option.footprint.host_bytes)} GiB"
-        choices.append(Choice("activation_offload", True, f"nothing else fits; it needs {host} of pinned host memory"))
+        host = f"{gib(option.footprint.host.activations)} GiB"
+        why = "less on the card" if knobs.num_streamed else "nothing else fits"
+        choices.append(Choice("activation_offload", True, f"{why}; it needs {host} of pinned host memory"))
     return choices
 
 
-def _notes(shape: ModelShape, work: Workload) -> list[str]:
+def _notes(shape: ModelShape, work: Workload, option: Candidate, budget: Budget) -> list[str]:
     notes = []
+    if option.footprint.host_bytes and budget.host_bytes is None:
+        words = f"it pins {option.footprint.host.in_words()} of host memory"
+        notes.append(f"{words}; not compared with a host's memory (solotune plan --host-memory 64GiB does)")
     if any(layer.how == "estimated" for layer in shape.layers):
         notes.append(f"the memory of {shape.family} layers cannot be computed without data; it is estimated")
     if not work.is_measured:
@@ -321,6 +341,8 @@ def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, obj
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": work.accumulation * factor,
         }
+    if settings.base_offload not in (True, "auto") and settings.base_residency != "dequantized":
+        yield {"base_offload": "auto"}
     if settings.base_precision not in ("nf4", "auto"):
         yield {"base_precision": "nf4"}
     length = work.tokens

@@ -2,6 +2,9 @@
 
     step = sum over micro-batches of (forward + backward + recomputed forward + head) + optimizer
 
+Where layers are streamed or their inputs offloaded, forward and backward are followed layer by layer (`streaming`): a
+layer starts when the one before it is done and what it needs has arrived.
+
 The time of a matrix product is its operations divided by (the card's rate times the share that products of this size
 reach), or the time to read and write its operands, whichever is longer. Everything else is limited by memory bandwidth:
 its bytes divided by the bandwidth. The time to launch the kernels is a lower limit; it dominates in small models, and
@@ -19,7 +22,7 @@ from solotune.model.limits import RING_SLOTS, offloaded_layers
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import LayerCost, Matmul, MemoryStrategy, ModelShape, Pass, Workload
-from solotune.planning.memory import streamed_bytes
+from solotune.planning.memory import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,7 @@ def seconds(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card
     pace = _CpuPace(card) if card.is_cpu else _GpuPace(card, knobs, shape.is_compiled)
     tokens = max(1.0, work.mean_tokens)
     supervised = work.real_share * work.supervised_share
-    has_graphs = work.has_one_shape and not knobs.is_offloaded
-    micro_batch = _micro_batch(shape, knobs, work.rows, tokens, supervised, has_graphs, pace)
+    micro_batch = _micro_batch(shape, knobs, work.rows, tokens, supervised, work.has_one_shape, pace)
     step = work.accumulation * micro_batch + pace.optimizer(shape)
     load = pace.load(shape, knobs)
     first = step + pace.compile(shape, knobs)
@@ -57,22 +59,16 @@ def _micro_batch(
 ) -> float:
     forwards, backwards = [], []
     expansion = pace.expansion(shape, knobs) / max(1, len(shape.layers))
+    known_kinds: dict[tuple[int, bool], tuple[float, float]] = {}
     for number, layer in enumerate(shape.layers):
         is_checkpointed = number < knobs.num_checkpointed
-        forward = _forward(shape, layer, rows, tokens, pace)
-        backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
-        backward += forward * is_checkpointed
-        floor = pace.layer_floor(layer, is_checkpointed, has_graphs)
-        slower = max(1.0, floor / (forward + backward)) if forward + backward else 1.0
-        forwards.append(slower * forward + expansion)
-        backwards.append(slower * backward + (1 + is_checkpointed) * expansion)
-    copy = sum(streamed_bytes(shape, knobs)[0]) / max(1, knobs.num_streamed) / pace.link
-    streamed = set(offloaded_layers(knobs.num_streamed, len(shape.layers)))
-    total = streaming(forwards, [number in streamed for number in range(len(forwards))], copy)
-    total += streaming(backwards[::-1], [number in streamed for number in reversed(range(len(backwards)))], copy)
-    if knobs.is_offloaded:  # to the host in forward, back in backward; not overlapped
-        moved = sum(layer.output.per_token for layer in shape.layers[: knobs.num_checkpointed]) * rows * tokens
-        total += 2 * moved / known.OFFLOAD_BYTES_PER_SECOND
+        kind = (id(layer), is_checkpointed)
+        if kind not in known_kinds:
+            known_kinds[kind] = _layer(shape, layer, rows, tokens, is_checkpointed, has_graphs, pace)
+        forward, backward = known_kinds[kind]
+        forwards.append(forward + expansion)
+        backwards.append(backward + (1 + is_checkpointed) * expansion)
+    total = _passes(shape, knobs, rows * tokens, forwards, backwards, pace)
     outside = shape.outside
     total += _passing(outside.forward, rows, tokens, pace) + _passing(outside.backward, rows, tokens, pace)
     positions = rows * tokens * supervised
@@ -80,26 +76,90 @@ def _micro_batch(
     return total + pace.reading(positions * shape.vocab_size * shape.logit_bytes[0] * 2)
 
 
-def streaming(compute: Sequence[float], is_streamed: Sequence[bool], copy: float, slots: int = RING_SLOTS) -> float:
-    """Seconds of layers that run one after the other while the weights of some of them arrive (`model.layer_ring`).
+def _layer(
+    shape: ModelShape,
+    layer: LayerCost,
+    rows: int,
+    tokens: float,
+    is_checkpointed: bool,
+    has_graphs: bool,
+    pace: _Pace,
+) -> tuple[float, float]:
+    """Seconds of a layer's forward and backward, if what they need is there."""
+    forward = _forward(shape, layer, rows, tokens, pace)
+    backward = _passing(layer.backward, rows, tokens, pace) + _attention(shape, rows, tokens, pace, True)
+    backward += forward * is_checkpointed
+    floor = pace.layer_floor(layer, is_checkpointed, has_graphs)
+    slower = max(1.0, floor / (forward + backward)) if forward + backward else 1.0
+    return slower * forward, slower * backward
 
-    A copy begins when the one before it is done and the layer that had its slot has run; the first `slots` streamed
-    layers are there from the start.
+
+def _passes(
+    shape: ModelShape,
+    knobs: MemoryStrategy,
+    positions: float,
+    forwards: list[float],
+    backwards: list[float],
+    pace: _Pace,
+) -> float:
+    """Seconds of all layers' forward and backward with the copies beside them."""
+    streamed = offloaded_layers(knobs.num_streamed, len(shape.layers))
+    weights = [0.0] * len(shape.layers)
+    for number in streamed:
+        weights[number] = sum(stored_bytes(shape, number, knobs)) / pace.link
+    inputs = [0.0] * len(shape.layers)
+    if knobs.is_offloaded:  # all but the last one's
+        for number in range(knobs.num_checkpointed - 1):
+            inputs[number] = shape.layers[number].output.per_token * positions / pace.link
+    share = known.DUPLEX_SHARE if any(weights) and any(inputs) else 1.0
+    total = streaming(forwards, [copy / share for copy in weights], leaving=[copy / share for copy in inputs])
+    total += streaming(backwards[::-1], weights[::-1], arriving=inputs[::-1])
+    if streamed:  # looked up in host memory before the first layer
+        rows_read = shape.hidden_size * positions if shape.embedding_parameters else 0.0
+        total += shape.dtype_bytes * rows_read / pace.link
+    return total
+
+
+def streaming(
+    compute: Sequence[float],
+    weights: Sequence[float],
+    leaving: Sequence[float] = (),
+    arriving: Sequence[float] = (),
+    slots: int = RING_SLOTS,
+) -> float:
+    """Seconds of layers that run one after the other beside their copies (`layer_ring`, `host_activations`).
+
+    Copies of one direction come one after the other:
+    - of weights: begins when the layer that had the slot has run; the first `slots` streamed layers are there.
+    - of an input to the host: begins with its layer, and must end before the next one.
+    - of an input from the host: begins with the layer before; the first one's when it is needed.
 
     Args:
         compute: seconds of each layer, in the order in which they run.
-        is_streamed: whether its weights come from host memory.
-        copy: seconds of one copy.
+        weights: seconds of the copy of its frozen weights; 0: they are on the card.
+        leaving: seconds of the copy of its input to the host.
+        arriving: seconds of the copy of its input from the host.
     """
-    now = link = 0.0
-    ends: list[float] = []  # when each streamed layer had run
-    for seconds_of_layer, streamed in zip(compute, is_streamed, strict=True):
-        if streamed and len(ends) >= slots:
-            link = max(link, ends[-slots]) + copy
-            now = max(now, link)
-        now += seconds_of_layer
-        if streamed:
-            ends.append(now)
+    streamed = [number for number, copy in enumerate(weights) if copy]
+    follower = dict(zip(streamed, streamed[slots:], strict=False))
+    ready = [0.0] * len(compute)  # when what a layer waits for has arrived
+    now = to_card = to_host = 0.0  # when compute and the two directions of the link are free
+    for number, its_seconds in enumerate(compute):
+        asked = [number + 1] if number < len(arriving) and arriving[number] else []
+        if asked and not (number and arriving[number - 1]):
+            asked.insert(0, number)
+        for wanted in asked:
+            if wanted < len(compute) and arriving[wanted]:
+                to_card = max(to_card, now) + arriving[wanted]
+                ready[wanted] = max(ready[wanted], to_card)
+        now = max(now, ready[number])
+        if number < len(leaving) and leaving[number]:
+            now = max(now, to_host)
+            to_host = now + leaving[number]
+        now += its_seconds
+        if number in follower:
+            to_card = max(to_card, now) + weights[follower[number]]
+            ready[follower[number]] = to_card
     return now
 
 
@@ -129,7 +189,11 @@ def _evaluations(shape: ModelShape, knobs: MemoryStrategy, work: Workload, pace:
         return 0.0
     tokens = max(1, work.eval_batch[1])
     batches = work.eval_tokens / max(1, work.eval_batch[0] * tokens)
-    forward = sum(_forward(shape, layer, work.eval_batch[0], tokens, pace) for layer in shape.layers)
+    kinds = {
+        id(layer): _forward(shape, layer, work.eval_batch[0], tokens, pace)
+        for layer in {id(one): one for one in shape.layers}.values()
+    }
+    forward = sum(kinds[id(layer)] for layer in shape.layers)
     forward += pace.expansion(shape, knobs)
     positions = work.eval_batch[0] * tokens * work.supervised_share
     forward += pace.product(2 * positions * shape.hidden_size * shape.vocab_size, 0.0, False)

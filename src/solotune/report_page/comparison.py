@@ -79,12 +79,13 @@ def _verdict(records: Two, names: Names) -> Callout:
         test = "not paired, since a run recorded no losses by row: it finds less than a paired test"
     found = verdict(difference, p_value)
     tone: Tone = "warn" if found == "inside the noise" else "good"
+    better, other = names if difference > 0 else names[::-1]
     headline = "No clear difference between the two tuned models"
     if found != "inside the noise":
-        headline = f"{names[1]} is {found} than {names[0]} on the same held-out rows"
+        headline = f"{better} is better than {other} on the same held-out rows"
     if difference == 0:
         return Callout("plain", "The two tuned models have the same held-out loss")
-    line = f"Its loss per token is {'lower' if difference < 0 else 'higher'} by {plus_minus(abs(difference), stderr)} "
+    line = f"The loss per token of {better} is lower by {plus_minus(abs(difference), stderr)} "
     return Callout(tone, headline, (line + f"(p = {p_text(p_value)}; {test}).",))
 
 

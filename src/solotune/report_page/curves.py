@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from solotune.run.events import EvalEvent, Event, NonFiniteEvent, ResumeEvent, StepEvent
+from solotune.run.events import DiagnosedEvent, EvalEvent, Event, NonFiniteEvent, ResumeEvent, StepEvent
 from solotune.run.record import METRICS, RunRecord, lines_since
 
 MAX_BUCKETS = 6_000
@@ -31,8 +31,10 @@ OF_STEPS = ("loss", "learning_rate", "grad_norm", "token_accuracy", "step_second
 
 
 def curves(run_dir: str | Path, since: int = 0) -> dict[str, Any]:
-    """The curves of the run in a folder, from a byte of metrics.jsonl on; without points if there are none."""
-    return read_run(run_dir, since)[1]
+    """The curves of the run in a folder, from a byte of metrics.jsonl on; without points if there are none. `findings`:
+    how many the monitor wrote since."""
+    record, found = read_run(run_dir, since)
+    return {**found, "findings": len(record.of(DiagnosedEvent))}
 
 
 def read_run(run_dir: str | Path, since: int = 0) -> tuple[RunRecord, dict[str, Any]]:

@@ -21,14 +21,16 @@ def evaluation_section(record: RunRecord) -> Section:
     rows = number_in(evaluation, "rows")
     groups = number_in(evaluation, "groups")
     units = f"{rows:,.0f} held-out rows" if rows is not None else "The held-out rows"
-    units += f" in {groups:,.0f} groups" if groups else ""
-    intro = f"{units}, the same for both models. ± is one standard error; the bars are 95 % intervals. "
+    units += f" in {groups:,.0f} group{'s' * (groups != 1)}" if groups else ""
+    intro = f"{units}, the same for both models. ± is one standard error; the bars are 95\u00a0% intervals. "
     intro += "The tests are paired: they compare the two models row by row."
     blocks: list[Block] = []
     loss = [(name, *_loss(evaluation, side)) for name, side in (("base", "base"), ("tuned", "tuned"))]
     if bars := error_bars("Held-out loss per token (lower is better)", loss):
         blocks.append(bars)
     blocks.append(_score_table(evaluation))
+    if tasks := _task_table(evaluation):
+        blocks.append(tasks)
     named = [(name, score) for name, score in mapping(evaluation, "scores").items() if isinstance(score, dict)]
     for name, score in named:
         both = [(side, number_in(score, side), number_in(score, "stderr", side)) for side in ("base", "tuned")]
@@ -104,6 +106,32 @@ def _score_table(evaluation: dict[str, Any]) -> Table:
         values = (_value(score, side) for side in ("base", "tuned"))
         rows.append((_in_words(name), *values, change, p_text(number_in(score, "p_value"))))
     return Table("Scores", ("", "Base", "Tuned", "Change", "p (paired)"), tuple(rows), numeric=True)
+
+
+def _task_table(evaluation: dict[str, Any]) -> Table | None:
+    """Scores on standard tasks of lm_eval; None without any."""
+    rows = []
+    for score in items(evaluation, "tasks"):
+        before, after = number_in(score, "base"), number_in(score, "tuned")
+        if not isinstance(score, dict) or before is None or after is None:
+            continue
+        filter_name = text(score, "filter")
+        name = f"{text(score, 'task')} {text(score, 'metric')}" + (f" ({filter_name})" if filter_name != "none" else "")
+        error, number = number_in(score, "stderr", "difference"), number_in(score, "rows")
+        if score.get("is_share") is True:
+            values = [_value(score, side) for side in ("base", "tuned")]
+            change = f"{100 * (after - before):+.1f} points"
+        else:
+            values = [
+                plus_minus(value, number_in(score, "stderr", side))
+                for side, value in (("base", before), ("tuned", after))
+            ]
+            change = f"{'+' * (after >= before)}{plus_minus(after - before, error)}"
+        p_value = number_in(score, "p_value")
+        test = "not tested" if p_value is None else f"{p_text(p_value)}, {text(score, 'verdict')}"
+        rows.append((name[:200], "" if number is None else f"{number:,.0f}", *values, change, test))
+    header = ("", "Documents", "Base", "Tuned", "Change", "p (paired)")
+    return Table("Standard tasks (lm_eval)", header, tuple(rows), numeric=True) if rows else None
 
 
 def p_text(p_value: float | None) -> str:

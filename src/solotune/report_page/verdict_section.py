@@ -8,7 +8,7 @@ from typing import Any
 from solotune.diagnosis.catalogue import FAULTS, SUSPECTS
 from solotune.report_page.json_values import items, mapping, text, texts
 from solotune.report_page.pages import Block, Callout, Culprit, Culprits, Section, Table, Tile, Tiles, Tone
-from solotune.run.events import DeviceFailedEvent, NonFiniteEvent
+from solotune.run.events import DeviceFailedEvent, DiagnosedEvent, NonFiniteEvent
 from solotune.run.record import RunRecord, number_in
 from solotune.units import format_bytes, format_duration, format_rate
 
@@ -19,14 +19,18 @@ HEADLINES: dict[str, tuple[Tone, str]] = {
 }
 
 
+NO_DIAGNOSIS = "No diagnosis was saved. solotune diagnose RUN looks for the cause of a bad run."
+AT_ITS_END = "The run is diagnosed at its end. What is found before stands here at once."
+
+
 def verdict_section(record: RunRecord, is_running: bool) -> Section:
     """What stopped the run, its faults, the verdict on held-out rows, then the key figures and what is left open."""
     diagnosis = record.diagnosis
-    blocks: list[Block] = [*_state(record, is_running), *_faults(diagnosis), *_outcome(record)]
+    blocks: list[Block] = [*_state(record, is_running), *_found_so_far(record), *_faults(diagnosis), *_outcome(record)]
     blocks += [*_no_fault(diagnosis), Tiles(tuple(_tiles(record))), *_remarks(diagnosis)]
     missing = []
     if diagnosis is None:
-        missing.append("No diagnosis was saved. solotune diagnose RUN looks for the cause of a bad run.")
+        missing.append(AT_ITS_END if is_running else NO_DIAGNOSIS)
     return Section("verdict", "Verdict", tuple(blocks), tuple(missing))
 
 
@@ -45,6 +49,17 @@ def _state(record: RunRecord, is_running: bool) -> Iterator[Callout]:
         where = "before its first step" if not record.steps else f"after {done} steps"
         why = "No error was logged: it was killed or interrupted."
         yield Callout("warn", f"Unfinished: the run ended {where}", (why,))
+
+
+def _found_so_far(record: RunRecord) -> Iterator[Callout]:
+    """What the monitor has found in a run that has no diagnosis yet."""
+    found = record.of(DiagnosedEvent) if record.diagnosis is None else ()
+    lines = [
+        (f"{event.code} {FAULTS[event.code].slug}: " if event.code in FAULTS else "") + event.says for event in found
+    ]
+    if lines:
+        is_fault = any(event.kind != "remark" for event in found)
+        yield Callout("warn" if is_fault else "plain", "Found while it trained", tuple(lines))
 
 
 def _failure(event: NonFiniteEvent | DeviceFailedEvent) -> str:

@@ -41,6 +41,7 @@ class StartEvent:
     base_bytes: int | None
     device: str
     adapters: dict[str, Any] | None = None  # see `AdapterCoverage.to_json`
+    world_size: int | None = None  # ranks that share each step; None: one
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ResumeEvent:
     exact: bool
     inexact: list[str]  # reasons why it is not exact
     passed_over: list[str]  # newer checkpoints, each with what is wrong with it
+    world_size: int | None = None  # ranks that share each step from here on; None: one
 
 
 @dataclass(frozen=True)

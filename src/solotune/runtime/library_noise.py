@@ -21,7 +21,7 @@ from solotune.errors import SolotuneWarning
 
 LIBRARIES = (
     "transformers", "datasets", "huggingface_hub", "bitsandbytes", "torch", "kernels", "tokenizers", "safetensors",
-    "tqdm", "filelock", "fsspec", "urllib3", "httpx",
+    "tqdm", "filelock", "fsspec", "urllib3", "httpx", "lm_eval", "evaluate", "absl",
 )  # fmt: skip
 VARIABLES = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")
 """Read when a library is imported, which then sets the level of its own logger."""

@@ -15,6 +15,12 @@ is alive (`watchdog.py`), so every long loop must call it.
 A second signal ends the process at once (by the kernel, if the process belongs to solotune); files are written
 completely or not at all, so the last checkpoint stays valid. Only the main thread can install handlers; in other
 threads (a notebook's worker) nothing is installed and signals behave as before.
+
+Ranks
+-----
+torchrun passes a signal on that the terminal or the scheduler has sent to the workers already, so one Ctrl-C comes
+twice. In a process with a launcher, what follows within `ECHO_SECONDS` of the first signal is its echo. Only rank 0
+says on the screen that the run stops. What other ranks do is a stop request too (`request_stop`, from `heartbeat`).
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -31,6 +38,7 @@ from typing import Any
 from solotune.runtime import watchdog
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 5.0
 SHOW_CURSOR = "\x1b[?25h"  # a live display hides it, and a second signal leaves no time to show it again
 
 
@@ -50,13 +58,22 @@ class _Requests:
         self.is_taken = False  # `check_stop` has raised it
         self.is_held_back = False
         self.is_ours = False  # the process belongs to solotune, not to a caller
+        self.has_launcher = False  # which passes signals on
+        self.is_quiet = False
+        self.received_at = 0.0
+        self.asked: StopRequested | None = None  # by another thread, not by a signal
         self.before: dict[int, Any] = {}
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = int(number)
-        for each, handler in self.before.items():
+        if self.received and self.has_launcher:
+            if time.monotonic() - self.received_at > ECHO_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received, self.received_at = int(number), time.monotonic()
+        for each, handler in self.before.items() if not self.has_launcher else ():
             signal.signal(each, signal.SIG_DFL if self.is_ours else handler)
-        if self.is_ours:
+        if self.is_ours and not self.is_quiet:
             self.announce()
         if not self.is_held_back:
             raise StopRequested(self.received)
@@ -66,7 +83,8 @@ class _Requests:
         name, again = signal.Signals(self.received).name, "Send it again"
         if self.received == signal.SIGINT:
             name, again = "Ctrl-C", "Press it again"
-        note = f"{name}: stopping as soon as it is safe. {again} to stop at once, without saving.\n"
+        how, without = (" as soon as it is safe", ", without saving") if self.is_held_back else ("", "")
+        note = f"{name}: stopping{how}. {again} to stop at once{without}.\n"
         with contextlib.suppress(OSError):
             os.write(2, (SHOW_CURSOR * os.isatty(2) + note).encode())
 
@@ -75,16 +93,19 @@ _requests = _Requests()
 
 
 @contextlib.contextmanager
-def handle_signals(is_ours: bool = False) -> Iterator[None]:
+def handle_signals(is_ours: bool = False, has_launcher: bool = False, is_quiet: bool = False) -> Iterator[None]:
     """Let stop signals raise `StopRequested` in the block; a nested block has no effect.
 
     Args:
         is_ours: the process does nothing else, so a second signal ends it, and so does one that comes while it exits.
+        has_launcher: a launcher of ranks passes on what the process has received already.
+        is_quiet: do not say that the run stops: another rank does.
     """
     if _requests.before or threading.current_thread() is not threading.main_thread():
         yield
         return
     _requests.is_ours, _requests.received, _requests.is_taken = is_ours, 0, False
+    _requests.has_launcher, _requests.is_quiet, _requests.asked = has_launcher, is_quiet, None
     _requests.before = {number: signal.signal(number, _requests.receive) for number in STOPPING}
     hook, sys.unraisablehook = sys.unraisablehook, _ignore_in_destructor
     try:
@@ -137,9 +158,14 @@ def check_stop() -> None:
         StopRequested: a signal has come; raised once, because the code that follows is already stopping.
     """
     watchdog.beat()
-    if _requests.received and _requests.before and not _requests.is_taken:
+    if (_requests.received or _requests.asked) and _requests.before and not _requests.is_taken:
         _requests.is_taken = True
-        raise StopRequested(_requests.received)
+        raise _requests.asked or StopRequested(_requests.received)
+
+
+def request_stop(stop: StopRequested) -> None:
+    """Let the next `check_stop` raise this, as if a signal had come; from any thread."""
+    _requests.asked = _requests.asked or stop
 
 
 def received() -> int:

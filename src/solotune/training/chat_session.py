@@ -48,7 +48,7 @@ class ChatSession(ResultRepr):
         self.system = self._checked(system) if system is not None else run.shared_system_prompt
         self._model = run.load(progress)
         self._stops = generation.stop_ids(self._model, self._tokenizer, run.answer_ends)
-        self.choices = run.choices
+        self.choices = [*run.choices, *run.choices_of(self._model)]
         self.model_name = f"{self._config.model_name_or_path} + {run.directory.path.name}"
         self.history: Messages = []
         self.base_history: Messages = []

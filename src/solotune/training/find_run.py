@@ -10,18 +10,19 @@ recorded no name, from an older version, the evaluation keys have to be equal to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from solotune.config.describe import section_of
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.errors import IntegrityError
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import RunDirectory, list_runs
 
 CONFIG_NAME = "config_name"  # key of environment.json
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 MAY_CHANGE = {
     "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
     "cuda_graphs",
@@ -73,7 +74,7 @@ def changed_keys(
     then = record.config
     if then is None:
         return None
-    chosen = _chosen(record.environment or {})
+    chosen = _chosen(record)
     now = config.model_dump()
     changed = {}
     for key, value in now.items():
@@ -81,8 +82,9 @@ def changed_keys(
         may_change = section == "run" or (section == "evaluation" and not with_evaluation) or key in MAY_CHANGE
         if key in then and not may_change and key not in chosen and then[key] != value:
             changed[key] = (then[key], value)
-    if rows_per_step(then) == rows_per_step(now):
-        changed = {key: pair for key, pair in changed.items() if key not in BATCH}
+    ranks = (record.fingerprints or {}).get("world_size", 1)
+    if rows_per_step(then, ranks) == rows_per_step(now, config.ranks):
+        changed = {key: pair for key, pair in changed.items() if key not in MICRO_BATCH}
     return changed
 
 
@@ -108,13 +110,21 @@ def refuse_other_config(path: Path, config: RunConfig) -> None:
         )
 
 
-def _chosen(environment: Mapping[str, Any]) -> set[str]:
-    choices = environment.get("choices")
+def planned_micro_batch(record: RunRecord) -> dict[str, int]:
+    """The values of `MICRO_BATCH` that the plan of a run chose; empty if it chose none, or they are damaged."""
+    chosen = _chosen(record)
+    sizes = {key: chosen[key] for key in MICRO_BATCH if type(chosen.get(key)) is int}
+    return sizes if rows_per_step(sizes) else {}
+
+
+def _chosen(record: RunRecord) -> dict[str, Any]:
+    """Keys that solotune chose for a run, with their values."""
+    choices = (record.environment or {}).get("choices")
     entries = choices if isinstance(choices, list) else []
-    return {str(entry.get("key")) for entry in entries if isinstance(entry, dict)}
+    return {str(entry.get("key")): entry.get("value") for entry in entries if isinstance(entry, dict)}
 
 
-def rows_per_step(values: Mapping[str, Any]) -> int | None:
-    """Rows of an optimizer step by the values of a config; None if they are damaged."""
-    sizes = [values.get(key) for key in BATCH]
-    return sizes[0] * sizes[1] if all(type(size) is int for size in sizes) else None  # type: ignore[operator]
+def rows_per_step(values: Mapping[str, Any], ranks: Any = 1) -> int | None:
+    """Rows of an optimizer step by the values of a config, on so many ranks; None if they are damaged."""
+    sizes = [*(values.get(key) for key in MICRO_BATCH), ranks]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None  # type: ignore[arg-type]

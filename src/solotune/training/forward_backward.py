@@ -19,8 +19,7 @@ compute the same: the same kernels in the same order.
 
 What it does not do
 -------------------
-Record passes that are not compiled (they read values from the device and draw random numbers from generators), or
-passes that move activations to the host.
+Record passes that are not compiled: they read values from the device and draw random numbers from generators.
 """
 
 from __future__ import annotations
@@ -119,6 +118,8 @@ class MicroBatchRunner:
             self.unsupported_reason, self.can_record = first_line(error), False
             if self.model.ring is not None:
                 self.model.ring.forget()  # the copies in the recording did not run
+            if self.model.offload is not None:
+                self.model.offload.forget()
             self.release()
             return None
         self._graphs[len(batch.label_positions_N)] = graph
@@ -134,7 +135,10 @@ class _Graph:
         self._batch = batch
         self._total_weight = torch.tensor(float(total_weight), device=runner.model.device)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # NCCL has a thread that asks the card whether transfers are done; those calls do not spoil a recording
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        mode = "thread_local" if several else "global"
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode=mode):
             forward_backward(runner.model, batch, self._total_weight, runner.loss_and_correct_2)
 
     def replay(self, batch: Batch, total_weight: float) -> None:

@@ -1,7 +1,7 @@
 """The training loop.
 
-One optimizer step uses `per_device_train_batch_size * gradient_accumulation_steps` rows. Its loss is the weighted mean
-over *all* their supervised tokens n:
+One optimizer step uses `per_device_train_batch_size * gradient_accumulation_steps` rows of each rank (one GPU is one
+rank). Its loss is the weighted mean over *all* their supervised tokens n:
 
     loss = sum_n w_n l_n / sum_n w_n
 
@@ -20,6 +20,12 @@ with its weights unchanged and reports what was not finite. A stop signal ends t
 that step is dropped, and the steps before it are saved. The learning rate follows Hugging Face's schedule of the same
 name, step for step. Row order is a permutation drawn from (seed, epoch), so a run can be resumed knowing only its step.
 
+Several ranks
+-------------
+Every rank computes its part of a step (`step_share.py`), divided by the weight of the whole step. One all-reduce after
+the last micro-batch sums gradients, losses and hits; then clipping, check and update are the same on all ranks, and so
+are the adapters, bit for bit (compared at each save). Rank 0 records and saves; the others have no observer.
+
 `train` is long because the loop is to be read in one place.
 """
 
@@ -36,10 +42,10 @@ from torch.nn.utils import clip_grad_norm_
 from solotune.config.run_config import RunConfig
 from solotune.config.settings import EvaluationSettings
 from solotune.dataset import Example
-from solotune.dataset.collate import Batch, collate_packs
+from solotune.dataset.collate import Batch
 from solotune.dataset.sampler import BatchSampler, pack_and_shape
 from solotune.display.observer import Observers, RunObserver
-from solotune.errors import InterruptedRunError, NonFiniteError, resume_command
+from solotune.errors import InterruptedRunError, NonFiniteError, SolotuneError, resume_command
 from solotune.evaluation import scores
 from solotune.hardware.device_memory import peak_bytes
 from solotune.hardware.gpu_errors import stage
@@ -50,11 +56,14 @@ from solotune.run.record import RunRecord
 from solotune.run.run_dir import RunDirectory
 from solotune.run.run_log import RunLog
 from solotune.runtime import signals
+from solotune.runtime.heartbeat import RankLost, rank_error
 from solotune.runtime.signals import StopRequested
+from solotune.runtime.world import ALONE, World
 from solotune.training import checkpoint, nonfinite
 from solotune.training.best_model import BestModel
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
 from solotune.training.optimizer import learning_rate_at, make_optimizer, set_learning_rate
+from solotune.training.step_share import StepRows, StepShare, require_same_adapters
 
 
 class StepResult(NamedTuple):
@@ -72,41 +81,45 @@ def train_step(
     max_grad_norm: float,
     dropout_seed: tuple[int, ...] = (0,),
     runner: MicroBatchRunner | None = None,
+    share: StepShare | None = None,
 ) -> StepResult:
     """One optimizer step over the whole accumulated batch.
 
     Args:
         dropout_seed: makes the dropout of this step differ from that of other steps.
         runner: of this model. Kept from step to step, it records CUDA graphs where shapes repeat.
+        share: of this rank, whose micro-batches these are; None: they are the whole step.
 
     Raises:
         NonFiniteError: something is NaN or infinite; the weights are unchanged.
-        StopRequested: a signal came between two micro-batches; the weights are unchanged.
+        StopRequested: a signal came between two micro-batches, or another rank has ended; the weights are unchanged.
     """
     random = checkpoint.random_state()
-    num_supervised = sum(batch.num_supervised for batch in micro_batches)
-    total_weight = sum(batch.total_weight for batch in micro_batches)
+    share = share or StepShare.whole(micro_batches)
     runner = runner or MicroBatchRunner(model)
     runner.loss_and_correct_2.zero_()
-    for number, batch in enumerate(micro_batches):
-        lora.seed_dropout(model.lora_layers, *dropout_seed, number)
-        runner.run(accumulate, batch, total_weight)  # forward and backward, or the CUDA graph of both
-        try:
+    try:
+        for number, batch in zip(share.numbers, micro_batches, strict=True):
+            share.seed_dropout(model, dropout_seed, number)
+            runner.run(accumulate, batch, share.total_weight)  # forward and backward, or the CUDA graph of both
             signals.check_stop()
-        except StopRequested:
-            model.zero_gradients()
-            checkpoint.restore_random(random)
-            raise
+    except StopRequested:
+        model.zero_gradients()
+        checkpoint.restore_random(random)
+        raise
+    assert model.flat_params.grad is not None
+    # stopped while it waits, this rank leaves its part as it is: another one may still receive it, and make the update
+    share.world.sum(model.flat_params.grad, runner.loss_and_correct_2)
     loss_sum, hits = runner.loss_and_correct_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
-    figures = [loss_sum / total_weight, hits / num_supervised, grad_norm, *nonfinite.norms(model, optimizer)]
-    loss, accuracy, norm, *state = torch.stack(figures).tolist()
+    figures = [loss_sum / share.total_weight, hits / share.num_supervised, grad_norm]
+    loss, accuracy, norm, *state = torch.stack([*figures, *nonfinite.norms(model, optimizer)]).tolist()
     if not nonfinite.all_finite([loss, norm, *state]):
         runner.release()
-        raise nonfinite.stopped(
-            nonfinite.examine(model, optimizer, micro_batches, dropout_seed, random),
-            f"loss {loss}, gradient norm {norm}",
-        )
+        finding = nonfinite.examine(model, optimizer, share, dropout_seed, random)
+        if not nonfinite.all_finite([loss, norm]):  # of the whole step; adapters and moments are of this rank
+            finding = nonfinite.examine_together(finding, share)
+        raise nonfinite.stopped(finding, f"loss {loss}, gradient norm {norm}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)  # gradients are views of one vector
     return StepResult(loss, accuracy, norm)
@@ -123,6 +136,7 @@ def train(
     observer: RunObserver,
     resume_from: checkpoint.Checkpoint | None = None,
     fingerprints: dict[str, Any] | None = None,
+    world: World = ALONE,
 ) -> scores.Score | None:
     """Train the adapters of `model`; write metrics and checkpoints into `run`.
 
@@ -130,15 +144,17 @@ def train(
         observer: gets each step, evaluation and checkpoint, after the run's own log has it.
         resume_from: continue after this checkpoint's step.
         fingerprints: of config and data, saved in each checkpoint.
+        world: the ranks of the run; those other than 0 write nothing.
 
     Returns: the held-out score of the adapter that the model has at the end: that of the last step, or the best
         (`load_best_model_at_end`). None without validation rows.
     Raises:
         NonFiniteError: see `train_step`; raised with the step's number.
         InterruptedRunError: a stop signal came; the finished steps are saved.
+        RankError: another rank failed, died or hangs; the finished steps are saved.
         StorageError: metrics or a checkpoint cannot be written.
     """
-    observer = Observers(RunLog(run), observer)
+    observer = Observers(RunLog(run), observer) if world.is_owner else observer
     packs, shape = pack_and_shape(config.batches, train_rows)
     schedule = BatchSampler.of(config.batches, len(packs))
     optimizer = make_optimizer(config.optimizer, [model.flat_params])
@@ -147,7 +163,7 @@ def train(
     best = BestModel(model, validation_rows, config.evaluation) if config.evaluation.tracks_best else None
     if best is not None and resume_from is not None:
         best.restore(resume_from, fingerprints or {})
-    evals = _Evaluations(runner, validation_rows, config.evaluation, schedule, observer, best)
+    evals = _Evaluations(runner, validation_rows, config.evaluation, schedule, observer, best, world)
     saves = _Saves(
         model=model,
         optimizer=optimizer,
@@ -166,28 +182,32 @@ def train(
         fingerprints=fingerprints or {},
         newest=done,
         best=best,
+        world=world,
     )
+    step_rows = StepRows(train_rows, packs, schedule, shape, model.device, world)
     score = None
     is_over = resume_from is not None and bool(resume_from.state.get("is_over"))
     try:
         observer.begin(schedule.total_steps, done)
-        if evals.is_due(done) and _lacks_evaluation(run, done):  # the run was stopped during this evaluation
+        if evals.is_due(done) and world.told(
+            lambda: _lacks_evaluation(run, done)
+        ):  # the run was stopped during this evaluation
             score = evals.make(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             if is_over or (best is not None and best.is_out_of_patience):
                 break
             started = time.perf_counter()
-            chosen = [[[train_rows[row] for row in packs[i]] for i in numbers] for numbers in micro_batches]
-            batches = [collate_packs(part, model.device, shape) for part in chosen]
+            share = step_rows.share(micro_batches)
             learning_rate = set_learning_rate(
                 optimizer, learning_rate_at(config.schedule, step - 1, schedule.total_steps)
             )
             try:
-                result = train_step(model, batches, optimizer, config.max_grad_norm, (config.seed, step), runner)
+                seeds = (config.seed, step)
+                result = train_step(model, share.batches, optimizer, config.max_grad_norm, seeds, runner, share)
             except NonFiniteError as error:
-                raise _not_finite(error, step, batches, observer) from None
+                raise _not_finite(error, step, share, observer) from None
             done = step
-            observer.step(_step_event(step, schedule, result, learning_rate, batches, started, model.device))
+            observer.step(_step_event(step, schedule, result, learning_rate, share, started, model.device))
             if evals.is_due(step):
                 score = evals.make(step)
             if saves.is_due(step):
@@ -196,9 +216,9 @@ def train(
             saves.make(done)
     except StopRequested as stop:
         if done > saves.newest:
-            saves.make(done)
+            saves.make(done, is_alone=True)
         observer.finish()
-        raise _interrupted(stop, done, run) from None
+        raise _interrupted(world.why(stop), done, run, saves.newest) from None
     observer.finish()
     if runner.unsupported_reason:
         observer.note(
@@ -237,9 +257,9 @@ def _set_up(
     return point.step
 
 
-def _not_finite(error: NonFiniteError, step: int, batches: Sequence[Batch], observer: RunObserver) -> NonFiniteError:
+def _not_finite(error: NonFiniteError, step: int, share: StepShare, observer: RunObserver) -> NonFiniteError:
     """Report the error to the observer; the error with its step."""
-    observer.failed(NonFiniteEvent(step, [row.where for batch in batches for row in batch.rows], **error.facts))
+    observer.failed(NonFiniteEvent(step, [row.where for row in share.rows], **error.facts))
     return error.at(f"step {step}")
 
 
@@ -254,13 +274,12 @@ def _step_event(
     schedule: BatchSampler,
     result: StepResult,
     learning_rate: float,
-    batches: Sequence[Batch],
+    share: StepShare,
     started: float,
     device: torch.device,
 ) -> StepEvent:
     """The record of a step that started at `started` (`time.perf_counter`) and ends now."""
     seconds = time.perf_counter() - started
-    tokens = sum(batch.num_tokens for batch in batches)
     return StepEvent(
         step=step,
         total_steps=schedule.total_steps,
@@ -269,16 +288,19 @@ def _step_event(
         token_accuracy=result.token_accuracy,
         learning_rate=learning_rate,
         grad_norm=result.grad_norm,
-        num_tokens=tokens,
-        num_supervised=sum(batch.num_supervised for batch in batches),
-        total_weight=sum(batch.total_weight for batch in batches),
+        num_tokens=share.num_tokens,
+        num_supervised=share.num_supervised,
+        total_weight=share.total_weight,
         step_seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=share.num_tokens / seconds,
         peak_bytes=peak_bytes(device),
     )
 
 
-def _interrupted(stop: StopRequested, done: int, run: RunDirectory) -> InterruptedRunError:
+def _interrupted(stop: StopRequested, done: int, run: RunDirectory, saved: int) -> SolotuneError:
+    if isinstance(stop, RankLost):
+        is_saved = f"checkpoint of step {saved} saved" if saved else "no checkpoint saved yet"
+        return rank_error(stop.lost, is_saved, f"continue with: {resume_command(run.path)}")
     what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; no checkpoint saved"
     return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
 
@@ -293,6 +315,7 @@ class _Evaluations:
     schedule: BatchSampler
     observer: RunObserver
     best: BestModel | None
+    world: World = ALONE
 
     def is_due(self, step: int) -> bool:
         """Every `eval_steps`, and always after the last step."""
@@ -302,7 +325,7 @@ class _Evaluations:
 
     def make(self, step: int) -> scores.Score:
         self.runner.release()  # evaluation has other shapes and needs the memory of the graphs
-        score = scores.score(self.runner.model, self.rows, self.settings.batch_size, self._progress)
+        score = scores.score(self.runner.model, self.rows, self.settings.batch_size, self._progress, self.world)
         if self.best is not None:
             self.best.add(step, score)
         best_step = self.best.step if self.best else None
@@ -328,17 +351,27 @@ class _Saves:
     fingerprints: dict[str, Any]
     newest: int  # the last step that is saved
     best: BestModel | None
+    world: World = ALONE
 
     def is_due(self, step: int) -> bool:
         """Every `save_steps` and after the last step; never with `save_strategy: no`."""
         return bool(self.every) and (step == self.total_steps or step % self.every == 0)
 
-    def make(self, step: int) -> None:
-        """Write the checkpoint of a step.
+    def make(self, step: int, is_alone: bool = False) -> None:
+        """Write the checkpoint of a step, on rank 0.
+
+        Args:
+            is_alone: other ranks are not asked whether they have the same adapters: they may be gone.
 
         Raises:
             NonFiniteError: what would be saved is not finite; no checkpoint is written.
+            DeviceError: the adapters of another rank are not the same.
         """
+        if not is_alone:
+            require_same_adapters(self.model, self.world, step)
+        if not self.world.is_owner:
+            self.newest = step
+            return
         if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(

@@ -32,10 +32,10 @@ from torch import nn
 
 from solotune.dataset.collate import Batch, collate
 from solotune.errors import NonFiniteError
-from solotune.model import lora
 from solotune.model.loading import TrainableModel
 from solotune.training import checkpoint
 from solotune.training.forward_backward import accumulate
+from solotune.training.step_share import StepShare
 
 LARGEST = 1e30  # a loss or a norm beyond this will soon overflow
 NUM_NAMED = 3
@@ -88,21 +88,23 @@ def stopped(finding: Finding, seen: str) -> NonFiniteError:
 def examine(
     model: TrainableModel,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
+    share: StepShare,
     dropout_seed: tuple[int, ...],
     random: dict[str, torch.Tensor],
 ) -> Finding:
     """Find what is not finite in a failed step, and whether it happens again; gradients are zero afterwards.
 
     Args:
+        share: this rank's part of the step.
         dropout_seed: of the step.
         random: the random generators' state before the step.
     """
     model.zero_gradients()
-    if not any(batch.total_weight for batch in micro_batches):
+    micro_batches = share.batches
+    if not share.total_weight:
         return Finding(["labels: this step trains on no token, or all have weight 0"], [], "reproducible")
     broken = nonfinite_tensors(model, optimizer)
-    is_sound, in_gradients = _run_again(model, micro_batches, dropout_seed, random)
+    is_sound, in_gradients = _run_again(model, share, dropout_seed, random)
     checkpoint.restore_random(random)
     first = None if is_sound or broken else _first_activation(model, micro_batches)
     rows = [] if is_sound else bad_rows(model, micro_batches)
@@ -112,6 +114,18 @@ def examine(
     checkpoint.restore_random(random)
     tensors = broken or ([first] if first else []) or in_gradients[:NUM_NAMED]
     return Finding(tensors, rows, "transient" if is_sound and not broken else "reproducible", bool(broken))
+
+
+def examine_together(finding: Finding, share: StepShare) -> Finding:
+    """What all ranks have found in the same failed step, on every rank."""
+    if share.world.size == 1:
+        return finding
+    found = [Finding(*parts) for parts in share.world.gather(list(vars(finding).values()))]
+    tensors = list(dict.fromkeys(name for one in found for name in one.tensors))
+    rows = [row for one in found for row in one.rows]
+    again = any(one.verdict == "reproducible" for one in found)
+    is_of_state = any(one.is_of_state for one in found)
+    return Finding(tensors[:NUM_NAMED], rows, "reproducible" if again else "transient", is_of_state)
 
 
 def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -134,21 +148,20 @@ def bad_rows(model: TrainableModel, micro_batches: Sequence[Batch]) -> list[str]
 
 def _run_again(
     model: TrainableModel,
-    micro_batches: Sequence[Batch],
+    share: StepShare,
     dropout_seed: tuple[int, ...],
     random: dict[str, torch.Tensor],
 ) -> tuple[bool, list[str]]:
     """Run the step again: whether it is finite this time, and the adapters whose gradients are not."""
     checkpoint.restore_random(random)
-    total_weight = sum(batch.total_weight for batch in micro_batches)
     loss_and_correct_2 = torch.zeros(2, device=model.device)
-    for number, batch in enumerate(micro_batches):
-        lora.seed_dropout(model.lora_layers, *dropout_seed, number)
-        accumulate(model, batch, total_weight, loss_and_correct_2)
+    for number, batch in zip(share.numbers, share.batches, strict=True):
+        share.seed_dropout(model, dropout_seed, number)
+        accumulate(model, batch, share.total_weight, loss_and_correct_2)
     assert model.flat_params.grad is not None
     in_gradients = [name for name, part in _adapters(model) if part.grad is not None and not _is_sound(part.grad)]
     figures = torch.stack(
-        [loss_and_correct_2[0] / total_weight, torch.linalg.vector_norm(model.flat_params.grad)]
+        [loss_and_correct_2[0] / share.total_weight, torch.linalg.vector_norm(model.flat_params.grad)]
     ).tolist()
     return all_finite(figures), [f"gradient of {name}" for name in in_gradients]
 
@@ -214,12 +227,18 @@ def _broken_moments(model: TrainableModel, optimizer: torch.optim.Optimizer) -> 
 
 def _broken_frozen(model: TrainableModel) -> list[str]:
     """Frozen weights, scales of quantized ones and computed tables that are not finite."""
-    adapters = {id(part) for _, part in _adapters(model)}
-    return [
-        f"frozen {name}"
-        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers())
-        if id(tensor) not in adapters and tensor.is_floating_point() and not _is_sound(tensor.detach())
-    ]
+    seen = {id(part) for _, part in _adapters(model)}
+
+    def broken(part: nn.Module, prefix: str = "") -> Iterator[str]:
+        for name, tensor in (*part.named_parameters(prefix), *part.named_buffers(prefix)):
+            if id(tensor) not in seen and tensor.is_floating_point() and not _is_sound(tensor.detach()):
+                yield f"frozen {name}"
+            seen.add(id(tensor))
+
+    names = {part: name for name, part in model.module.named_modules()}
+    streamed = model.ring.visit() if model.ring is not None else ()
+    found = [name for layer in streamed for name in broken(layer, names[layer])]
+    return [*found, *broken(model.module)]
 
 
 def _is_sound(tensor: torch.Tensor) -> bool:

@@ -81,12 +81,12 @@ def preflight(
     train_rows: Sequence[Example],
     validation_rows: Sequence[Example],
     config: RunConfig,
-    folder: Path,
+    folder: Path | None,
 ) -> Preflight:
     """Run the largest step once; the model, its gradients and the random generators are unchanged afterwards.
 
     Args:
-        folder: a test checkpoint is written there and removed again.
+        folder: a test checkpoint is written there and removed again; None: it is not tried.
 
     Raises:
         CheckError: the step does not fit on the card, or compiled layers have a wrong gradient.

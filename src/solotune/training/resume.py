@@ -26,7 +26,8 @@ from typing import Any, Literal
 import torch
 
 from solotune.config.describe import section_of
-from solotune.config.run_config import RunConfig
+from solotune.config.run_config import Choice, RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.dataset import Prepared
 from solotune.errors import InputError, IntegrityError
 from solotune.hardware.machine import Machine, device_of
@@ -40,19 +41,19 @@ from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, MARKS, UNUSED, RunDirectory, read_object
 from solotune.training import checkpoint
 from solotune.training.checkpoint import Checkpoint
-from solotune.training.find_run import BATCH, refuse_other_config, rows_per_step, run_of_config
+from solotune.training.find_run import planned_micro_batch, refuse_other_config, rows_per_step, run_of_config
 
 Class = Literal["frozen", "inexact", "free"]
 
 _FREE_SECTIONS = ("run", "evaluation")
-_COMPARED_BY_CONTENT = {
+COMPARED_BY_CONTENT = {
     "model_name_or_path", "model_revision", "dataset", "dataset_config", "dataset_revision", "dataset_split",
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
-_INEXACT = {  # and the keys of BATCH, if their product is the same
-    "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
-    "cuda_graphs",
+_SAME_BITS = {"preflight", "base_offload", "activation_offload"}  # the same kernels on the same numbers
+_INEXACT = {  # and the keys of MICRO_BATCH, if their product is the same
+    "gradient_checkpointing", "base_residency", "torch_compile", "cuda_graphs",
     "attn_implementation", "use_cpu",
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ def class_of(key: str) -> Class:
     """The class of a config key: what happens if it changes between checkpoint and resume."""
     if key in _INEXACT:
         return "inexact"
-    if key in _COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key == "preflight":
+    if key in COMPARED_BY_CONTENT or section_of(key) in _FREE_SECTIONS or key in _SAME_BITS:
         return "free"
     return "frozen"
 
@@ -224,6 +225,21 @@ def _take_over(run: RunDirectory, point: Checkpoint | None) -> None:
         run.log(SaveEvent(point.step, kept.name))  # this line came after the recorded length of metrics.jsonl
 
 
+def keep_micro_batch(config: RunConfig, run: RunDirectory | None) -> tuple[RunConfig, list[Choice]]:
+    """The config with the micro-batch that the plan of the run to continue chose: another one would round otherwise.
+
+    Args:
+        run: the run that `--resume` continues; that of `resume_from_checkpoint` comes before it.
+    """
+    given = config.resume_from_checkpoint
+    folder = _folder(given).parent.parent if given else run.path if run else None
+    sizes = planned_micro_batch(RunRecord(folder, ())) if folder and config.memory.micro_batch_is_open else {}
+    if not sizes or rows_per_step(sizes) != rows_per_step(config.model_dump()):
+        return config, []
+    choices = [Choice(key, size, "the run that is continued was planned so") for key, size in sizes.items()]
+    return config.replaced("plan", **sizes), choices
+
+
 def recorded_day(from_checkpoint: str | None, run: RunDirectory | None) -> date | None:
     """The date on which the rows of the run to continue were rendered; None for a new run.
 
@@ -262,6 +278,7 @@ def fingerprints(config: RunConfig, prepared: Prepared, machine: Machine, model_
     kept = {key: value for key, value in config.model_dump().items() if CLASSES[key] != "free"}
     return {
         "config": kept,
+        "world_size": config.ranks,
         "base": base_fingerprint(model_files),
         "train_rows": rows["train"],
         "validation_rows": rows["validation"],
@@ -297,8 +314,10 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
     _check_recorded(then, where)
     old, new = then["config"], now["config"]
     changed = [key for key, value in new.items() if old.get(key) != value]
-    if set(changed) & set(BATCH) and rows_per_step(old) == rows_per_step(new):
-        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in BATCH]
+    had, ranks = then.get("world_size", 1), now["world_size"]
+    _check_rows_of_step(rows_per_step(old, had), new, ranks, had, where)
+    if set(changed) & set(MICRO_BATCH) and rows_per_step(old, had) == rows_per_step(new, ranks):
+        inexact = [key for key in changed if CLASSES[key] == "inexact" or key in MICRO_BATCH]
     else:
         inexact = [key for key in changed if CLASSES[key] == "inexact"]
     for key in changed:
@@ -322,12 +341,32 @@ def compare(then: Any, now: dict[str, Any], where: str) -> list[str]:
             seen=ours, allowed=theirs, change=f"pip install bitsandbytes=={theirs}, or start a new run",
         )  # fmt: skip
     reasons = [f"{key} was {old.get(key)}, is {new[key]}" for key in inexact]
+    if had != ranks:
+        reasons.append(f"the number of ranks was {had}, is {ranks}: sums are rounded in another order")
     pairs = [(name, then["software"].get(name), has) for name, has in now["software"].items()]
     reasons += [f"{name} was {had}, is {has}" for name, had, has in [*pairs, ("device", then["device"], now["device"])]
                 if had != has]  # fmt: skip
     if then["validation_rows"] != now["validation_rows"]:
         reasons.append("the held-out rows have changed, so held-out losses are not comparable")
     return reasons
+
+
+def _check_rows_of_step(then: int | None, new: dict[str, Any], ranks: int, had: int, where: str) -> None:
+    """Raises:
+    IntegrityError: on another number of ranks, a step would have other rows, and the rest of the epoch too.
+    """
+    if had == ranks or then == rows_per_step(new, ranks):
+        return
+    micro = new["per_device_train_batch_size"] * ranks
+    fits = then is not None and then % micro == 0
+    raise IntegrityError(
+        f"{where}: it was trained on {had} ranks, so a step of {ranks} has other rows than before",
+        seen=f"{rows_per_step(new, ranks)} rows in a step: per_device_train_batch_size x gradient_accumulation_steps "
+        f"x {ranks} ranks",
+        allowed=f"{then} rows in a step",
+        change=(f"gradient_accumulation_steps: {then // micro}" if then is not None and fits else
+                f"settings of these two that make {then} rows") + f", or continue on {had} ranks",
+    )  # fmt: skip
 
 
 def _cpu(machine: Machine) -> str:

@@ -28,6 +28,7 @@ from solotune.model.loading import Progress, TrainableModel, load_model
 from solotune.run.manifest import check_folder
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.training import checkpoint
+from solotune.training.base_memory import settle_offload
 from solotune.training.resume import day_of
 
 
@@ -41,10 +42,27 @@ def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Cho
 def load_base(
     config: RunConfig, machine: Machine, model_files: ModelFiles | None = None, progress: Progress | None = None
 ) -> TrainableModel:
-    """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`."""
+    """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`.
+
+    Raises:
+        CheckError: the host has no room for the layers that are streamed.
+    """
     device = torch.device(environment.device_of(machine, use_cpu=config.use_cpu))
     with device_errors(config.memory):
-        return load_model(config, device, getattr(torch, environment.dtype_of(config.bf16)), model_files, progress)
+        model_files = model_files or resolve_model(config)
+        config, choices = settle_offload(config, machine, model_files)
+        dtype = getattr(torch, environment.dtype_of(config.bf16))
+        model = load_model(config, device, dtype, model_files, progress)
+    model.choices += choices
+    return model
+
+
+def for_reading(recorded: RunConfig) -> RunConfig:
+    """The config of a run that is read: where the base lies is chosen for this machine, not for that of the run."""
+    again: dict[str, object] = {"base_offload": "auto"}
+    if not recorded.multiplies_in_fp8:
+        again["base_residency"] = "auto"
+    return recorded.replaced("machine", **again)
 
 
 @dataclass
@@ -66,10 +84,7 @@ class TunedRun:
             InputError: no run there.
         """
         directory = RunDirectory.open(path)
-        recorded = load_config(directory.path / "config.yaml")
-        if not recorded.multiplies_in_fp8:  # what the plan chose for the run's card may not fit on this one
-            recorded = recorded.replaced("machine", base_residency="auto")
-        config, machine, choices = resolve_for_machine(recorded)
+        config, machine, choices = resolve_for_machine(for_reading(load_config(directory.path / "config.yaml")))
         if directory.adapter.is_dir():
             beside = {"model_name_or_path": str(directory.adapter), "chat_template_path": None}
             tokenizer = dataset.load_tokenizer(config.replaced("run", **beside))
@@ -172,6 +187,11 @@ class TunedRun:
         base = (self.base or resolve_model(self.config)).with_weights()
         check_base(recorded, base_fingerprint(base), str(self.directory.path))
         return base
+
+    @staticmethod
+    def choices_of(model: TrainableModel) -> list[Choice]:
+        """What was chosen for this machine while the model was loaded."""
+        return [choice for choice in model.choices if choice.key == "base_offload"]
 
     def load(self, progress: Progress | None = None) -> TrainableModel:
         """Load the base with the run's adapter, or with that of the newest checkpoint if the run has not finished.

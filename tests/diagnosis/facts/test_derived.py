@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny import FAMILIES
 
-from solotune.diagnosis.facts.derived import weight_bytes
-from solotune.diagnosis.run_facts import RunFacts, Settings
+from solotune.diagnosis.facts.derived import steps_of_an_epoch, weight_bytes
+from solotune.diagnosis.run_facts import RankCheckpoint, Ranks, RunFacts, Settings
 from solotune.diagnosis.sources import solotune_run
 from solotune.planning import layer_profile, memory
 from solotune.planning.model_shape import model_shape
@@ -37,6 +37,14 @@ def test_a_base_with_grouped_heads_has_the_bytes_of_its_parameters():
 def test_an_unknown_base_has_no_bytes():
     assert weight_bytes(RunFacts("test", Settings({}), model_config={"hidden_size": 4096, "vocab_size": 100})) is None
     assert weight_bytes(RunFacts("test", Settings({}), model_config={"model_type": "nobody_knows"})) is None
+
+
+def test_all_ranks_share_the_rows_of_an_epoch():
+    settings = Settings({"train_rows": 1000, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
+    four = Ranks(checkpoints=[RankCheckpoint(10, 4)])
+    assert steps_of_an_epoch(RunFacts("one", settings)) == 125
+    assert steps_of_an_epoch(RunFacts("four", settings, ranks=four)) == 32
+    assert steps_of_an_epoch(RunFacts("two", Settings({**settings.values, "world_size": 2}))) == 63
 
 
 @pytest.mark.parametrize("family", FAMILIES)

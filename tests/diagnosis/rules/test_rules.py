@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny import FAMILIES
 
 from solotune.dataset import Example
 from solotune.diagnosis.catalogue import FAULTS
-from solotune.diagnosis.rules import ask_all, rules
+from solotune.diagnosis.rules import GrowingRun, Rule, ask_all, rules
 from solotune.diagnosis.run_facts import RunFacts, Saved, Settings, Trace
 
 LLAMA = FAMILIES["llama"]().to_dict()
@@ -265,3 +266,25 @@ def test_a_model_that_should_be_quantised_and_a_head_that_should_not():
     assert "F52" not in {signal.code for signal in ask_all(plain, loads=True)[0]}
     head.weight.data = (head.weight.data * 300).round().clamp(-8, 7) / 300
     assert "F52" in {signal.code for signal in ask_all(plain, loads=True)[0]}
+
+
+@pytest.mark.parametrize(
+    ("code", "one"), [pytest.param(code, one, id=code) for code, one in FAULTY if one.trace is not None]
+)
+def test_a_growing_curve_is_judged_as_a_whole_one(code, one):
+    growing, whole = GrowingRun(replace(one, trace=None)), one.trace
+    part = {name: value[:9] for name, value in vars(whole).items() if isinstance(value, np.ndarray)}
+    for curve in (None, replace(whole, **part, errors=(), is_finished=False), whole):
+        assert growing.signals(curve) == ask_all(replace(one, trace=curve))[0]
+    assert code in {signal.code for signal in growing.signals(whole)}
+
+
+def test_a_growing_curve_runs_only_the_rules_that_read_it(monkeypatch):
+    asked: Counter[Rule] = Counter()
+    signals = Rule.signals
+    monkeypatch.setattr(Rule, "signals", lambda rule, facts: asked.update([rule]) or signals(rule, facts))
+    growing = GrowingRun(run_facts(train=rows([50] * 8), conversations=CHATS))
+    for curve in (None, trace(), trace()):
+        growing.signals(curve)
+    times = {code: {asked[rule] for rule in rules()[code]} for code in ("F34", "F38", "F66")}
+    assert times == {"F34": {1}, "F38": {1}, "F66": {2}}, "the chats are read once, the rate wherever there is a curve"

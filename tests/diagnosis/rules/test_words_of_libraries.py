@@ -28,6 +28,10 @@ FAULTS = {
     "trainable params: 0 || all params: 8,030,261,248 || trainable%: 0.0000": "F58",
     "UserWarning: Found missing adapter keys while loading the checkpoint: ['layers.0.q_proj.lora_A.weight']": "F78",
     "size mismatch for layers.0.q_proj.lora_A.default.weight: copying a param with shape [16, 4096]": "F78",
+    "RuntimeError: [1]: params[0] in this process with sizes [8, 32] appears not to match sizes of the same param in "
+    "process 0.": "F79",
+    "RuntimeError: DDP expects same model across all ranks, but Rank 1 has 8 params, while rank 0 has inconsistent 4 "
+    "params.": "F79",
     "\n".join(f"[0/{i}] [__recompiles] size mismatch at index 1. expected 9, actual {90 + i}" for i in range(8)): "F73",
 }
 HEALTHY = [

@@ -84,7 +84,13 @@ def steps_of_an_epoch(run_facts: RunFacts) -> int | None:
     batch = setting(run_facts, "per_device_train_batch_size")
     if not rows or not batch or run_facts.settings.get("packing"):
         return None
-    return math.ceil(rows / (batch * (setting(run_facts, "gradient_accumulation_steps") or 1)))
+    return math.ceil(rows / (batch * (setting(run_facts, "gradient_accumulation_steps") or 1) * world_size(run_facts)))
+
+
+def world_size(run_facts: RunFacts) -> int:
+    """Ranks (processes, each on its own GPU) of the run; 1 if nothing says that there were several."""
+    seen = run_facts.ranks.world_size if run_facts.ranks is not None else 1
+    return max(int(setting(run_facts, "world_size") or 1), seen)
 
 
 def warmup_steps(run_facts: RunFacts) -> float | None:

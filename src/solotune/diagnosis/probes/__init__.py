@@ -10,6 +10,7 @@ P4  adapter           on against off                        P11 memory         t
 P5  gradients         of every adapter, second step         P12 reload         saved and merged adapter
 P6  steps             share of elements that change         P13 answers        deployed against training format
 P7  learning rates    overfit one batch at three rates  P14 logged loss    of which labels?
+P15 ranks             exchanged against all tokens
 
 A probe restores the model bit for bit (`probed_model.restore_model_state`), seeds its random numbers, does what fits
 into its seconds, and raises `Skipped` with the reason if it cannot run. `time_limit` stops all of them at the budget.
@@ -40,6 +41,7 @@ from solotune.diagnosis.probes.longest_batch import longest_first
 from solotune.diagnosis.probes.lr_range_test import range_test
 from solotune.diagnosis.probes.probed_model import on_device, restore_model_state
 from solotune.diagnosis.probes.prompt_use import own_prompt_against_others
+from solotune.diagnosis.probes.rank_gradients import exchanged_against_whole
 from solotune.diagnosis.probes.saved_adapter import reloaded
 from solotune.diagnosis.probes.skipped import Skipped
 from solotune.diagnosis.probes.time_limit import TimeLimit
@@ -68,6 +70,7 @@ class Probe:
     share: float
     forwards: float
     steps: float
+    of_ranks: bool = False  # only for a run on several GPUs; others do not list it as skipped
 
 
 PROBES = (
@@ -81,6 +84,7 @@ PROBES = (
     Probe(("P7",), range_test, 0.65, 0, 15),
     Probe(("P10",), own_prompt_against_others, 0.5, 8, 0),
     Probe(("P9",), accumulated_against_whole, 0.5, 0, 3),
+    Probe(("P15",), exchanged_against_whole, 0.5, 0, 4, of_ranks=True),
     Probe(("P8",), evaluated_twice, 0.4, 4, 0),
     Probe(("P13",), both_renderings, 0.6, 8, 0),
     Probe(("P11",), longest_first, 0.5, 0, 2),
@@ -113,8 +117,9 @@ def run_all(
         found.measurements["labels"] = facts.measurements()
         found.cost["labels"] = time.perf_counter() - started
         _try_out(live, limit)
-        for number, probe in enumerate(PROBES):
-            progress(number, len(PROBES), "probes")
+        chosen = [probe for probe in PROBES if live.backward_of_ranks is not None or not probe.of_ranks]
+        for number, probe in enumerate(chosen):
+            progress(number, len(chosen), "probes")
             _run(probe, live, run_facts, limit, deep, found)
     found.signals.extend(plateau(run_facts, found))
     return found

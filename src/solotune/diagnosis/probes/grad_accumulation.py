@@ -49,9 +49,9 @@ def accumulated_against_whole(
         if not parameters:
             raise Skipped("no parameter is trainable")
         live.backward(model, batches)
-        theirs = _gradient(parameters)
-        by_tokens = _reference(live, batches, parameters, [n / sum(labels) for n in labels])
-        by_means = _reference(live, batches, parameters, [1 / len(batches)] * len(batches))
+        theirs = gradient_of(parameters)
+        by_tokens = weighted_gradient(live, batches, parameters, [n / sum(labels) for n in labels])
+        by_means = weighted_gradient(live, batches, parameters, [1 / len(batches)] * len(batches))
     if not theirs.any() or not by_tokens.any():
         raise Skipped("there is no gradient")
     ratio = float(theirs.norm() / by_tokens.norm())
@@ -61,12 +61,12 @@ def accumulated_against_whole(
         "labels": labels,
         "norm_ratio": ratio,
         "cosine": cosine,
-        "from_tokens": _gap(theirs, by_tokens),
-        "from_means": _gap(theirs, by_means),
+        "from_tokens": gap(theirs, by_tokens),
+        "from_means": gap(theirs, by_means),
     }
     fix = "divide by the labels of the whole step (num_items_in_batch)"
     divided = theirs / len(batches)
-    found["divided_from_either"] = min(_gap(divided, by_means), _gap(divided, by_tokens))
+    found["divided_from_either"] = min(gap(divided, by_means), gap(divided, by_tokens))
     if found["divided_from_either"] < SAME:
         says = f"the gradient accumulated over {len(batches)} batches is {ratio:.2f} times that of all their tokens"
         return [Signal("F74", "invariant", says, 0.9, found, fix=fix)], found
@@ -83,21 +83,21 @@ def accumulated_against_whole(
     return [], found
 
 
-def _reference(
+def weighted_gradient(
     live: LiveModel, batches: Sequence[Mapping[str, Any]], parameters: Sequence[nn.Parameter], weights: Sequence[float]
 ) -> torch.Tensor:
     for p in parameters:
         p.grad = None
     for batch, weight in zip(batches, weights, strict=True):
         (training_loss(live, batch) * weight).backward()
-    return _gradient(parameters)
+    return gradient_of(parameters)
 
 
-def _gradient(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def gradient_of(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).detach().float().flatten() for p in parameters]
     )
 
 
-def _gap(a: torch.Tensor, b: torch.Tensor) -> float:
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())

@@ -19,6 +19,7 @@ from torch import nn
 
 from solotune.diagnosis.facts.derived import initialisation
 from solotune.diagnosis.run_facts import LiveModel, RunFacts
+from solotune.model.frozen_linear import FrozenLinear
 
 Batch = Mapping[str, Any]
 
@@ -77,8 +78,10 @@ def restore_model_state(live: LiveModel, seed: int = 0) -> Iterator[nn.Module]:
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for _, p in parameters]
     known = {id(p) for p, _, _ in kept}
     watched = [(name, p, p._version) for name, p in parameters if id(p) not in known]
-    buffers = [(b, b.clone()) for b in model.buffers() if b.numel() <= _SMALL]
-    watched += [(name, b, b._version) for name, b in model.named_buffers() if b.numel() > _SMALL]
+    # of frozen linears too: a copy of a streamed layer's would be written into the layer that has its place by then
+    frozen = {id(b) for part in model.modules() if isinstance(part, FrozenLinear) for b in part.buffers()}
+    buffers = [(b, b.clone()) for b in model.buffers() if b.numel() <= _SMALL and id(b) not in frozen]
+    watched += [(name, b, b._version) for name, b in model.named_buffers() if b.numel() > _SMALL or id(b) in frozen]
     modes = [(module, module.training) for module in model.modules()]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None

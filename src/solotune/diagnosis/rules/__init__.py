@@ -27,7 +27,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from solotune.diagnosis.evidence import Signal
 from solotune.diagnosis.facts.row_facts import RowFacts
 from solotune.diagnosis.facts.rows import facts_of
 from solotune.diagnosis.findings import SEVERITIES, Finding
-from solotune.diagnosis.run_facts import RunFacts
+from solotune.diagnosis.run_facts import RunFacts, Trace
 
 Answer = Signal | list[Signal] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -49,7 +49,7 @@ class Rule:
     code: str  # F65
     ask: Callable[[Any], Any]  # takes RunFacts, or RowFacts if it needs rows
     needs: tuple[str, ...]  # parts of RunFacts
-    probes: tuple[str, ...]  # P1 ... P14
+    probes: tuple[str, ...]  # P1 ... P15
     otherwise: bool  # runs only if earlier rules of its fault report nothing
     unless: Callable[[RunFacts], bool] | None  # does not run if this is true
 
@@ -143,21 +143,64 @@ def ask_all(run_facts: RunFacts, loads: bool = False) -> tuple[list[Signal], dic
     signals: list[Signal] = []
     unasked: dict[str, str] = {}
     for code, known in rules().items():
-        lacking = {
-            one: "the model was not loaded" if one.loads and not loads else one.lacks(run_facts) for one in known
-        }
-        if all(lacking.values()):
-            unasked[code] = lacking[known[0]] or ""
-        found: list[Signal] = []
-        for one in known:
-            if lacking[one] is not None or (one.otherwise and found):
-                continue
-            try:
-                found += one.signals(run_facts)
-            except Exception as error:  # foreign files may contain anything; the other rules still count
-                unasked[code] = f"its rule failed: {type(error).__name__}: {error}"[:200]
+        found, why = _ask(code, known, run_facts, loads)
         signals += found
+        if why is not None:
+            unasked[code] = why
     return signals, unasked
+
+
+def _ask(code: str, known: Sequence[Rule], run_facts: RunFacts, loads: bool) -> tuple[list[Signal], str | None]:
+    """Run the rules of one fault: their signals, and why it stays open (None if it does not)."""
+    lacking = {one: "the model was not loaded" if one.loads and not loads else one.lacks(run_facts) for one in known}
+    why = lacking[known[0]] or "" if all(lacking.values()) else None
+    found: list[Signal] = []
+    for one in known:
+        if lacking[one] is not None or (one.otherwise and found):
+            continue
+        try:
+            found += one.signals(run_facts)
+        except Exception as error:  # foreign files may contain anything; the other rules still count
+            why = f"its rule failed: {type(error).__name__}: {error}"[:200]
+    return found, why
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched(RunFacts):
+    """Facts that notice who looks at the curve."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "trace":
+            object.__setattr__(self, "was_seen", True)
+        return super().__getattribute__(name)
+
+
+class GrowingRun:
+    """A run whose curve grows: only the faults whose rules looked at the curve are asked about again.
+
+    Whether they look is seen, not declared: rules that ended without a look at `trace` say the same of any other one.
+    What several rules share (`LabelFacts`, `findings_of`) must not depend on the curve, since only the first of them
+    would be seen to look.
+    """
+
+    def __init__(self, run_facts: RunFacts) -> None:
+        self.run_facts = run_facts
+        self._settled: dict[str, list[Signal]] = {}
+
+    def signals(self, trace: Trace | None = None) -> list[Signal]:
+        """What all rules say that need no model, with this curve."""
+        parts = {part.name: getattr(self.run_facts, part.name) for part in fields(RunFacts)}
+        run_facts = _Watched(**{**parts, "trace": trace})
+        signals: list[Signal] = []
+        for code, known in rules().items():
+            found = self._settled.get(code)
+            if found is None:
+                object.__setattr__(run_facts, "was_seen", False)
+                found, _ = _ask(code, known, run_facts, loads=False)
+                if not vars(run_facts)["was_seen"]:
+                    self._settled[code] = found
+            signals += found
+        return signals
 
 
 # --- rules on rows

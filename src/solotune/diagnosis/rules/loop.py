@@ -1,4 +1,4 @@
-"""S14, batch, memory and the mechanics of the loop: F71 to F74."""
+"""S14, batch, memory and the mechanics of the loop: F71 to F74; several GPUs are in `ranks`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def no_checkpointing(run_facts: RunFacts) -> Signal | None:
     Why: without it the inputs of every layer are kept until backward: sixteen times as much on an 8B model.
     Not: F72, which fails at the loss and grows with the vocabulary; F42, where a long batch fails late in the run; F70,
     which fails in the optimizer step; F51, where the base itself is too large.
-    Fix: `gradient_checkpointing: true`.
+    Fix: `gradient_checkpointing: true`. Where the base takes most of the card, solotune can keep it in host memory
+    too (`base_offload: true`).
     Wrong when: another process used the memory. Control: a run that took steps fits, whatever the estimate says.
     Source: the article behind examples/walkthrough.yaml; trl turns it on by default.
     """

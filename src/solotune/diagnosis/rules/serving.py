@@ -1,4 +1,4 @@
-"""S15, saving, resuming, merging and serving: F75 to F78."""
+"""S15, saving, resuming, merging and serving: F75 to F78; F81 is in `ranks`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ JUMP = 1.5
 """Ratio of the learning rate from one logged step to the next; no schedule rises so fast after its warm-up."""
 _ROOT = "base_model.model."
 """PEFT's prefix of every module name."""
+_WRAPPERS = re.compile(
+    r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.|^(?:base_model\.model\.)?(module)\."
+)
+"""What torch.compile, FSDP, activation checkpointing, Lightning and DistributedDataParallel write into names."""
 
 
 @rule("F75", needs=("saved",), probes=("P4", "P12"))
@@ -150,15 +154,21 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
     """F78: the adapter's names match nothing in the model that it is loaded into, or it belongs to another base.
 
     Sees: module names in the adapter file that the model of config.json does not have, or that do not begin as PEFT's
-    do; matrices that do not fit the shapes of the modules. A loaded base of another name than the one in
-    adapter_config.json may be a copy or a quantized version of it: a remark.
+    do; names with what a wrapper writes into them (`_orig_mod.` of torch.compile, `module.` of
+    DistributedDataParallel, `_fsdp_wrapped_module.`); matrices that do not fit the shapes of the modules. A loaded base
+    of another name than the one in adapter_config.json may be a copy or a quantized version of it: a remark.
     Why: PEFT ignores names that it does not find, and the output equals the base's.
-    Not: F75, whose file is empty or zero.
-    Fix: load it strictly, on the base named in adapter_config.json.
-    Wrong when: the tool that wrote the file uses its own names and reads them itself.
-    Source: LlamaFactory#852, alpaca-lora#446 (the adapter's name was missing in the tensor names).
+    Not: F75, whose file is empty or zero; a model that has a module of such a name itself.
+    Fix: load it strictly, on the base named in adapter_config.json; save the model without its wrappers
+    (`accelerator.unwrap_model`, `model._orig_mod`, `model.module`).
+    Wrong when: the tool that wrote the file uses its own names and reads them itself, or wraps the model in the same
+    way before it loads them.
+    Source: LlamaFactory#852, alpaca-lora#446 (the adapter's name was missing in the tensor names); peft 0.21 left out
+    all tensors with `_orig_mod.` in their names (measured).
     """
     saved, found = run_facts.saved, lora_layers(run_facts)
+    if saved is not None and (wrapped := _wrapped(run_facts)) is not None:
+        return [wrapped]
     if saved is None or not found:
         return []
     fix, signals = "give the tensors PEFT's names, or load them with PeftModel.from_pretrained on their own base", []
@@ -186,6 +196,22 @@ def adapter_not_loaded(run_facts: RunFacts) -> list[Signal]:
         signals.append(Signal("F78", "invariant", says, 0.9, {"module": path}, fix=fix))
     signals += _other_base(run_facts)
     return signals
+
+
+def _wrapped(run_facts: RunFacts) -> Signal | None:
+    """F78 of names that a wrapper changed; None if the model has modules of these names, or if they are not known."""
+    names = list(run_facts.saved.adapter) if run_facts.saved else []
+    inner = [re.split(r"\.lora_|\.weight$", name)[0].removeprefix(_ROOT) for name in names]
+    modules = linears(run_facts) or {}
+    shown = {name: match[1] or match[2] for name, path in zip(names, inner, strict=True)
+             if (match := _WRAPPERS.search(name)) and path not in modules}  # fmt: skip
+    if not shown:
+        return None
+    name, wrapper = next(iter(shown.items()))
+    says = f"{len(shown)} of {len(names)} names in the adapter file have the `{wrapper}.` of a wrapper: {name}"
+    fix = f"remove `{wrapper}.` from the tensor names, and save the unwrapped model (accelerator.unwrap_model)"
+    weight = 0.9 if len(shown) == len(names) else 0.8
+    return Signal("F78", "invariant", says, weight, {"wrapped": len(shown), "of": len(names)}, fix=fix)
 
 
 def _has(modules: Mapping[str, Any], path: str, name: str) -> bool:

@@ -62,6 +62,10 @@ WORDS = (
         r"unexpected keys not found in the model.*lora_",
         r"size mismatch for \S*lora_[AB]\b",
     )),
+    Words("F79", (
+        r"DDP expects same model across all ranks",
+        r"appears not to match (sizes|strides) of the same param in process",
+    )),
 )  # fmt: skip
 """A run's log -> its fault."""
 

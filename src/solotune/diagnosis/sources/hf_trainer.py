@@ -26,7 +26,7 @@ from typing import Any
 
 from solotune.diagnosis.facts.derived import is_zero
 from solotune.diagnosis.run_facts import RunFacts, Saved, Settings
-from solotune.diagnosis.sources import hf_settings, model_card, solotune_run, step_log
+from solotune.diagnosis.sources import hf_settings, model_card, ranks, solotune_run, step_log
 from solotune.diagnosis.sources.folder_settings import base_beside, beginning, settings_of, with_rows
 from solotune.diagnosis.sources.folder_steps import steps_in, steps_of
 from solotune.diagnosis.sources.found import Found
@@ -76,6 +76,7 @@ def from_folder(
         settings=settings,
         trace=None if log is None and not errors else step_log.trace_of(log or step_log.NO_STEPS, errors),
         saved=saved,
+        ranks=ranks.of_folder(path),
         environment=_environment(places),
         missing=missing,
     )

@@ -33,7 +33,8 @@ def recorded(run: RunDirectory) -> RunConfig:
     """
     path = run.path / "config.yaml"
     try:
-        return load_config(path)
+        ranks = json_of(run.path / "environment.json").get("world_size")
+        return load_config(path).on_ranks(ranks if type(ranks) is int and ranks > 1 else 1)
     except InputError as error:
         made_by = json_of(run.path / "environment.json").get("solotune")
         raise InputError(
@@ -58,8 +59,8 @@ def newest_adapter(run: RunDirectory) -> Path | None:
 
 
 def summary(record: RunRecord) -> dict[str, Any]:
-    """Counts from the start event of the run: rows and trainable parameters."""
-    keys = ("train_rows", "validation_rows", "trainable_parameters")
+    """Counts from the start event of the run: rows, trainable parameters, ranks of a run on several GPUs."""
+    keys = ("train_rows", "validation_rows", "trainable_parameters", "world_size")
     counts = {key: getattr(record.start, key, None) for key in keys}
     return {key: count for key, count in counts.items() if count is not None}
 
@@ -111,6 +112,12 @@ def curves(steps: Sequence[StepEvent], evals: Sequence[EvalEvent]) -> Trace:
         total_steps=None,
         is_finished=False,
     )
+
+
+def continued(before: Trace, after: Trace) -> Trace:
+    """Two parts of a curve as one; what is not an array is the first part's."""
+    arrays = [name for name, value in vars(before).items() if isinstance(value, np.ndarray)]
+    return replace(before, **{name: np.concatenate([getattr(before, name), getattr(after, name)]) for name in arrays})
 
 
 def _in_words(failure: NonFiniteEvent | DeviceFailedEvent) -> str:

@@ -27,7 +27,7 @@ from solotune.diagnosis.evidence import Signal, of_refusal
 from solotune.diagnosis.facts import derived
 from solotune.diagnosis.findings import Finding
 from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
-from solotune.diagnosis.sources import run_files
+from solotune.diagnosis.sources import ranks, run_files
 from solotune.diagnosis.sources.live_model import batches_of, load_live_model
 from solotune.errors import IntegrityError, SolotuneError
 from solotune.hardware.machine import ram
@@ -40,12 +40,14 @@ from solotune.units import gib
 
 def settings_of(config: RunConfig) -> Settings:
     """All keys of a config with their sources, and fixed settings of solotune that have no key."""
-    fixed = {
+    fixed: dict[str, Any] = {
         "tool": "solotune",
         "adapter_dtype": "float32",
         "load_in_4bit": config.base_precision == "nf4",
         "bnb_4bit_compute_dtype": config.bnb_4bit_compute_dtype or ("bfloat16" if config.bf16 else "float32"),
     }
+    if config.ranks > 1:
+        fixed["world_size"] = config.ranks
     sources = {key: config.source_of(key) for key in RunConfig.model_fields}
     return Settings({**config.model_dump(), **fixed}, sources=sources)
 
@@ -166,7 +168,8 @@ def live_of(
         from solotune.model.adapter import adapter_tensors
         from solotune.training.trained_run import resolve_for_machine
 
-        resolved, machine, _ = resolve_for_machine(config.replaced("diagnosis", torch_compile=False))
+        again = config.replaced("diagnosis", torch_compile=False, base_offload="auto")  # for the memory of this machine
+        resolved, machine, _ = resolve_for_machine(again)
         tensors = adapter_tensors(adapter) if adapter is not None else None
         return load_live_model(resolved, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
 
@@ -208,6 +211,7 @@ def from_run(path: str | Path) -> RunFacts:
         refusals=refusals,
         trace=run_files.trace_of(record),
         saved=saved,
+        ranks=ranks.of_record(record),
         environment=record.environment or {},
         missing=missing,
     )

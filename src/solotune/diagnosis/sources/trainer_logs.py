@@ -62,16 +62,33 @@ def of_state(file: Path) -> StepLog | None:
 
 def of_jsonl(file: Path) -> StepLog | None:
     """One JSON object on each line: LLaMA-Factory's trainer_log.jsonl, ms-swift's logging.jsonl, others."""
-    content = _tail(file, MAX_LOG_BYTES)
+    found = _lines(file, (b"loss", b"train_runtime"))
+    ranks = [rank for entry in found if type(rank := entry.get("rank")) is int]  # of a run on several GPUs, or of LoRA
+    found = [entry for entry in found if not ranks or entry.get("rank") in (None, min(ranks))]
+    return of_entries("jsonl", file, found, is_finished=any("train_runtime" in entry for entry in found))
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects with a step on the lines of a file; none if it cannot be read."""
+    try:
+        found = _lines(file, (b"step",))
+    except OSError:
+        return []
+    steps = [{**entry, "step": entry.get("step", entry.get("global_step"))} for entry in found]
+    return [entry for entry in steps if is_step(entry["step"])]
+
+
+def _lines(file: Path, words: tuple[bytes, ...]) -> list[Mapping[str, Any]]:
+    """The JSON objects on lines with one of these words."""
     found = []
-    for line in content.splitlines():
-        if len(line) <= MAX_LINE_BYTES and (b"loss" in line or b"train_runtime" in line):
+    for line in _tail(file, MAX_LOG_BYTES).splitlines():
+        if len(line) <= MAX_LINE_BYTES and any(word in line for word in words):
             try:
                 value = parse_json(line)
             except (ValueError, RecursionError):  # torn by a crash
                 continue
             found += [value] if isinstance(value, Mapping) else []
-    return of_entries("jsonl", file, found, is_finished=any("train_runtime" in entry for entry in found))
+    return found
 
 
 def of_console(file: Path) -> StepLog | None:

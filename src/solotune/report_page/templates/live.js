@@ -15,10 +15,11 @@ function solotuneLive(served) {
   state.className = "live";
   document.body.append(state);
   const say = (text) => state.textContent !== text && (state.textContent = text);
+  say("live"); // it was served just now
   let wait = EVERY;
 
   function take(found) {
-    if (found.restarted || found.files !== files) return location.reload();
+    if (found.restarted || found.files !== files || found.findings) return location.reload();
     if (found.next !== since) {
       const event = new CustomEvent("solotune:curves", { detail: found, cancelable: true });
       const isDrawn = !dispatchEvent(event);

@@ -1,0 +1,253 @@
+"""Know at once, on every rank, that another one has left, died or hangs.
+
+Each rank writes its state under a key of its own in the store of the ranks, twice a second, from a thread. It reads the
+states of all others there:
+
+    {"beats": 71}                                          it works
+    {"beats": 72, "left": {"how": "finished"}}             it has done its part
+    {"beats": 72, "left": {"how": "stopped", "signal": 15}}
+    {"beats": 72, "left": {"how": "failed", "exit_code": 2, "problem": ...}}
+
+What a rank that says nothing is
+--------------------------------
+A rank on the same machine is looked up in the process table. If it is gone, it has died (out of memory, kill -9). If it
+is stopped (SIGSTOP), it is waited for a while (`STOPPED_SECONDS`). If it runs, it is busy in a native call that holds
+Python's global lock: ending such a run would be worse than waiting, and its own watchdog ends a real hang. A rank on
+another machine is lost after `SILENT_SECONDS`: that machine or the network between has failed.
+
+Time is counted in ticks of this thread, so a job that is stopped as a whole (Ctrl-Z, a paused container) goes on later.
+
+A rank that is lost becomes a stop request (`RankLost`) at the next stopping point of this process. The loop treats it
+as SIGTERM: the steps that are done are saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from solotune.errors import RankError
+from solotune.regular_files import read_bytes, read_text
+from solotune.runtime import signals
+from solotune.runtime.signals import StopRequested
+
+TICK_SECONDS = 0.5
+STOPPED_SECONDS = 20.0  # torchrun needs 30 more until it kills a worker that is stopped
+SILENT_SECONDS = 45.0
+BLOCKED_SECONDS = 10.0  # for a main thread that waits for a lost rank in native code
+KILLED, HUNG = 137, 9  # exit codes: see `errors`
+
+Departure = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a run has ended on all ranks; the parts of an error for people."""
+
+    problem: str
+    exit_code: int
+    rank: int | None = None  # which is lost; None: the connection to all
+    seen: str | None = None
+    allowed: str | None = None
+    change: str | None = None
+    traceback: str | None = None  # of a bug on that rank
+
+
+class RankLost(StopRequested):
+    """Another rank has failed, died or hangs: stop as for SIGTERM, and say why."""
+
+    def __init__(self, lost: Lost) -> None:
+        super().__init__(signal.SIGTERM)
+        self.lost = lost
+
+
+def rank_error(lost: Lost, saved: str | None, change: str) -> RankError:
+    """The error that a run ends with when another rank is lost.
+
+    Args:
+        saved: what is saved; None: nothing can be.
+        change: how to go on; said before it: what to change according to the other rank.
+    """
+    what = f"{lost.problem}; {saved}" if saved else lost.problem
+    how = f"{lost.change}; then {change}" if lost.change else change
+    error = RankError(what, lost.exit_code, seen=lost.seen, allowed=lost.allowed, change=how)
+    error.rank, error.traceback = lost.rank, lost.traceback
+    return error
+
+
+@dataclass
+class Peer:
+    """Another rank, and what was last seen of it."""
+
+    rank: int
+    pid: int
+    host: str  # name of the machine, for messages
+    space: str  # of processes: ranks with the same one see each other's process ids
+    beats: int = -1
+    silent: float = 0.0  # seconds without a new beat
+    left: Departure | None = field(default=None)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def process_space() -> str:
+    """What two processes share if they see each other's process ids: machine and namespace."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(read_text("/proc/sys/kernel/random/boot_id", 4096).strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+class Heartbeat:
+    """The thread of one rank that says that it lives, and looks at the others."""
+
+    def __init__(self, store: Any, rank: int, peers: list[Peer]) -> None:
+        """Args:
+        store: a connection to the store that nothing else uses: a waiting call would keep others from it.
+        """
+        self._store, self._rank, self._peers = store, rank, peers
+        self._space = process_space()
+        self._lock = threading.Lock()
+        self._beats, self._left = 0, dict[str, Any]()
+        self._ends = threading.Event()
+        self.may_end_process = False  # the main thread is in a native call that no signal interrupts
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._write()
+
+    def start(self) -> None:
+        """Begin; every rank has written its first state."""
+        self._thread.start()
+
+    def leave(self, departure: Departure) -> None:
+        """Tell the others why this rank leaves."""
+        with contextlib.suppress(RuntimeError):
+            with self._lock:
+                self._left = departure
+            self._write()
+
+    def stop(self) -> None:
+        self._ends.set()
+
+    def look(self) -> StopRequested | None:
+        """Read the others' states now; why this rank has to stop, None if it may go on."""
+        return self._look(0.0)
+
+    def others_have_left(self, ranks: set[int] | None = None) -> bool:
+        """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
+        with contextlib.suppress(RuntimeError):
+            self._read(0.0)
+        watched = [peer for peer in self._peers if ranks is None or peer.rank in ranks]
+        return all(peer.left is not None or self._state_of(peer) in ("gone", "stopped") for peer in watched)
+
+    def _run(self) -> None:
+        # signals must reach the main thread and interrupt its waiting
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        last, asked_for = time.monotonic(), 0.0
+        while not self._ends.wait(TICK_SECONDS):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * TICK_SECONDS), now
+            with contextlib.suppress(RuntimeError):  # `_look` finds out that the store is gone
+                self._write()
+            if (stop := self._look(passed)) is not None:
+                signals.request_stop(stop)
+                asked_for += passed
+                if self.may_end_process and asked_for > BLOCKED_SECONDS:
+                    self._end_process(stop)
+
+    def _end_process(self, stop: StopRequested) -> None:
+        """End this process from the thread, before the run has anything to save."""
+        code = 128 + stop.number
+        if isinstance(stop, RankLost):
+            code = stop.lost.exit_code
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: {stop.lost.problem}\n".encode() if self._rank == 0 else b"")
+        os._exit(code)
+
+    def _write(self) -> None:
+        with self._lock:
+            self._beats += 1
+            state: dict[str, Any] = {"beats": self._beats}
+            if self._left:
+                state["left"] = self._left
+            self._store.set(_key(self._rank), json.dumps(state))
+
+    def _read(self, passed: float) -> None:
+        with self._lock:
+            texts = self._store.multi_get([_key(peer.rank) for peer in self._peers])
+            for peer, text in zip(self._peers, texts, strict=True):
+                state = json.loads(text)
+                peer.left = state.get("left")
+                peer.silent = 0.0 if state["beats"] != peer.beats else peer.silent + passed
+                peer.beats = state["beats"]
+
+    def _look(self, passed: float) -> StopRequested | None:
+        try:
+            self._read(passed)
+        except RuntimeError as error:
+            if all(peer.left == {"how": "finished"} for peer in self._peers):
+                return None  # this rank needs no other any more
+            return RankLost(self._without_store(error))
+        found = [one for peer in self._peers if (one := self._stop_for(peer)) is not None]
+        # an error that a rank could tell is the reason; that others are gone follows from it
+        return min(found, key=lambda one: one.order).stop if found else None
+
+    def _stop_for(self, peer: Peer) -> _Found | None:
+        left = peer.left
+        if left is not None:
+            if left["how"] == "failed":
+                parts = {name: left.get(name) for name in ("seen", "allowed", "change", "traceback")}
+                return _Found(
+                    0, RankLost(Lost(f"rank {peer.rank}: {left['problem']}", left["exit_code"], peer.rank, **parts))
+                )
+            return _Found(2, StopRequested(left["signal"])) if left["how"] == "stopped" else None
+        state = self._state_of(peer)
+        if state == "gone":
+            return _Found(1, RankLost(Lost(f"{peer} has died: it was killed, or crashed", KILLED, peer.rank)))
+        if state == "stopped" and peer.silent > STOPPED_SECONDS:
+            what = f"{peer} has been stopped (SIGSTOP) for {peer.silent:.0f} s"
+            return _Found(1, RankLost(Lost(what, HUNG, peer.rank)))
+        if state == "unknown" and peer.silent > SILENT_SECONDS:
+            what = f"{peer} has not answered for {peer.silent:.0f} s: its machine or the network has failed"
+            return _Found(1, RankLost(Lost(what, HUNG, peer.rank)))
+        return None
+
+    def _state_of(self, peer: Peer) -> str:
+        """`gone`, `stopped` or `running` by the process table; `unknown` on another machine."""
+        if peer.space != self._space:
+            return "unknown"
+        try:
+            state = read_bytes(f"/proc/{peer.pid}/stat", 65536).rpartition(b")")[2].split()[0]
+        except FileNotFoundError:
+            if not os.path.isdir("/proc/self"):
+                return "unknown"
+            return "gone"
+        except (OSError, IndexError):
+            return "gone"
+        return {b"Z": "gone", b"X": "gone", b"T": "stopped", b"t": "stopped"}.get(state, "running")
+
+    def _without_store(self, error: Exception) -> Lost:
+        gone = [peer for peer in self._peers if self._state_of(peer) == "gone"]
+        if gone:
+            return Lost(f"{gone[0]} has died: it was killed, or crashed", KILLED, gone[0].rank)
+        problem = "the connection between the ranks is lost: torchrun, or the machine of rank 0, has ended"
+        return Lost(problem, KILLED, seen=str(error).splitlines()[0][:200] if str(error) else None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    order: int
+    stop: StopRequested
+
+
+def _key(rank: int) -> str:
+    return f"state/{rank}"

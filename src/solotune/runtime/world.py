@@ -1,0 +1,394 @@
+"""The processes of one training ("ranks"), and the few things that they do together.
+
+    world = World.of_environment(os.environ)     what torchrun says of this process; one rank without torchrun
+    with joined(world): ...                      meet the others; in the end, or after an error, tell them
+        world.gather(value)                      one JSON value of each rank, on every rank
+        world.told(make)                         what rank 0 makes, on every rank
+        world.share(content)                     bytes of rank 0, on every rank
+        world.connect("cpu")
+        world.sum(gradient, figures)             all-reduce, in place
+
+A world of one rank does none of this: its methods return at once, and torch.distributed is not loaded.
+
+Why no time limit
+-----------------
+Ranks wait for each other for good reasons: one evaluates, another compiles. A time limit that fits them all would keep
+seven cards waiting for a dead one. So every wait here is a short loop of asking and sleeping, which sees stop signals,
+and what the heartbeat has found out about the others (`heartbeat.py`). It also tells the watchdog that this rank is
+alive: the watchdog of a rank that hangs ends that one.
+
+Rank 0 has the complete state after each step, since every rank makes the same update of the same adapters. So the ranks
+need not agree on where they stop: rank 0 saves the steps that it has done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from solotune.errors import CheckError, InputError
+from solotune.runtime import heartbeat, signals
+from solotune.runtime.heartbeat import KILLED, Departure, Heartbeat, Lost, Peer, RankLost
+from solotune.runtime.rendezvous import store_at
+from solotune.runtime.signals import StopRequested
+from solotune.units import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+JOIN_SECONDS = 300.0  # from the first rank that is there to the last
+LEAVE_SECONDS = 40.0  # how long a rank that leaves waits until rank 0 has saved
+FIND_SECONDS = 5.0  # after a failed transfer, until the reason is known
+READ_SECONDS = 5.0  # how long rank 0 stays for the others to read why it leaves
+ABORT_SECONDS = 10.0
+PIECE_BYTES = 256 << 20  # of `share`
+
+
+@dataclass(eq=False)
+class World:
+    """Who this process is among the ranks of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarts: int = 0  # how often torchrun has started the ranks again
+    address: tuple[str, int] = ("", 0)
+    has_agent: bool = False  # torchrun keeps the store
+    peers: list[Peer] = field(default_factory=list)
+    _store: Any = None
+    _heartbeat: Heartbeat | None = None
+    _device: Any = None
+    _round: int = 0
+    _own: Peer | None = None
+
+    @classmethod
+    def of_environment(cls, environ: Mapping[str, str]) -> World:
+        """The world that a launcher has set up; one rank if there is none.
+
+        Raises:
+            InputError: only some of the variables are set, or they contradict each other.
+        """
+        given = {name: environ[name] for name in VARIABLES if environ.get(name)}
+        size = given.get("WORLD_SIZE")
+        count = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        restarts = int(count) if count.isdecimal() else 0
+        if (size in (None, "1") and given.get("RANK") in (None, "0")) and ("RANK" in given) <= ("WORLD_SIZE" in given):
+            return cls(restarts=restarts)
+        if missing := [name for name in VARIABLES if name not in given]:
+            raise InputError(
+                f"{', '.join(missing)}: not set, so this rank cannot meet the others",
+                seen=", ".join(f"{name}={value}" for name, value in given.items()),
+                allowed=f"all of {', '.join(VARIABLES)}, as torchrun sets them, or none of RANK and WORLD_SIZE",
+                change="start it with torchrun --nproc-per-node=N -m solotune train CONFIG, or unset RANK WORLD_SIZE",
+            )
+        numbers = {}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            if not given[name].isdecimal():
+                raise InputError(f"{name}: not a number", seen=given[name])
+            numbers[name] = int(given[name])
+        rank, ranks = numbers["RANK"], numbers["WORLD_SIZE"]
+        if not rank < ranks:
+            seen = f"RANK={rank}, WORLD_SIZE={ranks}"
+            raise InputError("RANK: there are fewer ranks", seen=seen, allowed=f"0 to {ranks - 1}")
+        return cls(
+            rank,
+            ranks,
+            numbers["LOCAL_RANK"],
+            restarts,
+            (given["MASTER_ADDR"], numbers["MASTER_PORT"]),
+            environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this rank writes the run directory, and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """The ranks on this machine, in order."""
+        host = self._own.host if self._own else ""
+        return sorted([self.rank, *(peer.rank for peer in self.peers if peer.host == host)])
+
+    # --- meeting and leaving
+
+    def join(self) -> None:
+        """Meet the other ranks at the store and begin the heartbeat.
+
+        Raises:
+            InputError: MASTER_PORT is taken, nobody answers there, or some ranks do not come.
+        """
+        if self.size == 1:
+            return
+        self._store = store_at(
+            self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
+        )
+        own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
+        self._own = own
+        beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
+        found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
+        self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
+        self._heartbeat = Heartbeat(beats, self.rank, self.peers)
+        self.gather(None)  # all have written their first state
+        self._heartbeat.start()
+
+    def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        self._store.set(f"hello/{self.rank}", json.dumps(own))
+        keys, until = [f"hello/{rank}" for rank in range(self.size)], time.monotonic() + JOIN_SECONDS
+        while not self._store.check(keys):
+            signals.check_stop()
+            if time.monotonic() > until:
+                missing = [rank for rank in range(self.size) if not self._store.check([keys[rank]])]
+                raise InputError(
+                    f"rank {', '.join(map(str, missing))} did not start within {JOIN_SECONDS:.0f} s",
+                    seen=f"{self.size - len(missing)} of {self.size} ranks are there",
+                    change="look at what these ranks print, and start all of them at the same time",
+                )
+            time.sleep(0.02)
+        return [json.loads(text) for text in self._store.multi_get(keys)]
+
+    def leave(self, departure: Departure) -> None:
+        """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved."""
+        if self._heartbeat is None:
+            return
+        beats = self._heartbeat
+        beats.leave(departure)
+        if departure["how"] != "finished":
+            watched = None if self.is_owner else {0}
+            until = time.monotonic() + (READ_SECONDS if self.is_owner else LEAVE_SECONDS)
+            while not beats.others_have_left(watched) and time.monotonic() < until:
+                time.sleep(0.1)
+        beats.stop()
+        self._heartbeat = None
+
+    def why(self, stop: StopRequested) -> StopRequested:
+        """The reason behind a stop: torchrun sends SIGTERM to all ranks when one has died or failed."""
+        if self._heartbeat is None or isinstance(stop, RankLost):
+            return stop
+        found = self._heartbeat.look()
+        return found if isinstance(found, RankLost) else stop
+
+    # --- small things, through the store
+
+    def gather(self, value: Any) -> list[Any]:
+        """A JSON value of each rank, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        self._round += 1
+        keys = [f"gather/{self._round}/{rank}" for rank in range(self.size)]
+        with self._errors():
+            self._store.set(keys[self.rank], json.dumps(value))
+            self._wait(lambda: self._store.check(keys), 0.005)
+            return [json.loads(text) for text in self._store.multi_get(keys)]
+
+    def told(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank; it has to be JSON."""
+        if self.size == 1:
+            return make()
+        self._round += 1
+        key = f"told/{self._round}"
+        if self.is_owner:
+            value = make()
+            with self._errors():
+                self._store.set(key, json.dumps(value))
+            return value
+        with self._errors():
+            self._wait(lambda: self._store.check([key]), 0.005)
+            return json.loads(self._store.get(key))
+
+    @contextlib.contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """The first rank of each machine does what is in the block before the others, who find its cache."""
+        if self.size == 1:
+            yield
+            return
+        self._round += 1
+        first = self.local_ranks[0]
+        key = f"first/{self._round}/{first}"
+        if self.rank != first:
+            with self._errors():
+                self._wait(lambda: self._store.check([key]), 0.02)
+        yield
+        if self.rank == first:
+            with self._errors():
+                self._store.set(key, "done")
+
+    # --- tensors, through NCCL or gloo
+
+    def connect(self, device: torch.device) -> None:
+        """Make the process group; all ranks have passed their checks.
+
+        Raises:
+            CheckError: this torch has no NCCL.
+        """
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        on_gpu = device.type == "cuda"
+        if on_gpu and not (dist.is_available() and dist.is_nccl_available()):
+            raise CheckError(
+                "several GPUs need NCCL, and this torch has none",
+                seen=f"torch {torch.__version__}",
+                change="install torch for CUDA on Linux (https://pytorch.org), or train on one GPU without torchrun",
+            )
+        # ours is the decision what happens when a rank is lost; NCCL's own would end this process before it can save
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        self.gather(None)
+        with self._errors(), self._blocking():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(days=1),
+                device_id=device if on_gpu else None,
+            )
+        self._device = device
+
+    def disconnect(self) -> None:
+        """End the process group when all ranks have done their part."""
+        if self._device is not None:
+            import torch.distributed as dist
+
+            self.gather(None)  # nobody leaves while another one still receives
+            self._device = None
+            dist.destroy_process_group()
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Replace each tensor by its sum over all ranks."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        with self._errors():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                self._finish(work)
+
+    def share(self, content: bytes) -> bytes:
+        """Bytes of rank 0 on every rank; what others give is not read."""
+        if self.size == 1:
+            return content
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+
+        size = self.told(lambda: len(content))
+        whole = np.frombuffer(content, np.uint8).copy() if self.is_owner else np.empty(size, np.uint8)
+        with self._errors():
+            for start in range(0, size, PIECE_BYTES):
+                piece = torch.from_numpy(whole[start : start + PIECE_BYTES])
+                moved = piece.to(self._device)
+                self._finish(dist.broadcast(moved, 0, async_op=True))
+                piece.copy_(moved)
+        return whole.tobytes()
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a transfer between tensors."""
+        try:
+            self._wait(work.is_completed, 0.0001)
+        except StopRequested:
+            self._abort()
+            raise
+        work.wait()
+
+    def _abort(self) -> None:
+        """End NCCL's kernels, which wait for a rank that is gone: everything else on the card would wait for them."""
+        if self._device.type == "cuda":
+            import torch.distributed as dist
+
+            assert dist.group.WORLD is not None
+            thread = threading.Thread(target=dist.group.WORLD.abort, daemon=True)
+            thread.start()
+            thread.join(ABORT_SECONDS)
+
+    @contextlib.contextmanager
+    def _blocking(self) -> Iterator[None]:
+        """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
+        assert self._heartbeat is not None
+        self._heartbeat.may_end_process = True
+        try:
+            yield
+        finally:
+            self._heartbeat.may_end_process = False
+
+    def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
+        """Ask until it is done.
+
+        Raises:
+            StopRequested: a signal has come, or another rank is lost (`RankLost`).
+        """
+        while not is_done():
+            signals.check_stop()
+            time.sleep(pause)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn an error of a transfer into its reason: the rank that is lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            stop: StopRequested | None = None
+            until = time.monotonic() + FIND_SECONDS
+            while stop is None and time.monotonic() < until and self._heartbeat is not None:
+                time.sleep(0.05)
+                stop = self._heartbeat.look()
+            if stop is None:
+                problem = "a transfer between the ranks failed"
+                stop = RankLost(Lost(problem, KILLED, seen=first_line(error), change="check the network between them"))
+            signals.request_stop(stop)
+            signals.check_stop()
+            raise stop from error  # nothing handles signals here
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def joined(world: World, departure_of: Callable[[BaseException], Departure]) -> Iterator[None]:
+    """Meet the other ranks; in the end, or after an error, tell them.
+
+    Args:
+        departure_of: what they are told about an error.
+    """
+    if world.size == 1:
+        yield
+        return
+    world.join()
+    try:
+        yield
+    except BaseException as error:
+        world.leave(departure_of(error))
+        raise
+    world.leave({"how": "finished"})
+
+
+def rank_of(environ: Mapping[str, str]) -> int | None:
+    """The rank of this process if a launcher has started several; None otherwise, or if its variables are no use."""
+    with contextlib.suppress(InputError):
+        world = World.of_environment(environ)
+        return world.rank if world.size > 1 else None
+    return None
+
+
+def end_process(code: int) -> None:
+    """End this process now if its process group is still there: threads of that wait for a rank that is gone."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)

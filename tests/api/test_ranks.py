@@ -1,0 +1,187 @@
+"""Whole runs on several ranks, on the CPU: the same numbers as on one, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ranks import Ranks
+from tiny import metrics_of, save_tokenizer
+
+import solotune
+from solotune.cli.main import main
+from solotune.errors import IntegrityError
+from solotune.run.run_dir import RunDirectory
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Chats of many lengths; every third one weighs double."""
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "x" * int(rng.integers(1, 20))},
+                {"role": "assistant", "content": "y" * int(rng.integers(1, 12)) + str(i), "weight": 1.0 + (i % 3 == 0)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def keys(chat_config, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(61)))
+    return {**chat_config, "base_precision": "fp32", "lora_dropout": 0.0, "max_steps": 20, "save_steps": 10,
+            "eval_steps": 10, "num_samples": 0}  # fmt: skip
+
+
+def train_as(size: int, keys: dict[str, Any], folder: Path, *more: str) -> Ranks:
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
+    (folder / "run.yaml").write_text("".join(lines))
+    return Ranks(size, lambda rank: main(["train", "run.yaml", *more]), folder)
+
+
+def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in metrics_of(RunDirectory(folder)) if event["event"] == kind]
+
+
+STEP = ("loss", "token_accuracy", "total_weight", "num_supervised", "num_tokens", "epoch", "learning_rate")
+
+
+def test_two_ranks_are_one_with_twice_the_rows(keys, tmp_path: Path) -> None:
+    """Packing, weights, accumulation, short last steps of epochs, evaluations; then resumed, bit for bit."""
+    keys |= {"packing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 2})
+    ranks = train_as(2, keys, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert ranks.said(1) == ""
+    for kind, names in {"step": STEP, "eval": ("loss", "stderr", "exact_match")}.items():
+        found, wanted = (events_of(tmp_path / name, kind) for name in ("run", "alone"))
+        assert len(found) == len(wanted) == {"step": 20, "eval": 2}[kind]
+        for name in names:
+            assert [one[name] for one in found] == pytest.approx([one[name] for one in wanted], rel=1e-6), name
+    assert events_of(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
+
+    whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    ranks = train_as(2, keys, tmp_path, "--resume")
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert [(one["step"], one["exact"]) for one in events_of(tmp_path / "run", "resume")] == [(10, True)]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_ranks_that_differ_end_before_the_first_step(keys, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    solotune.plan(keys)  # the shape of the model is kept for both
+    for more, seen in (
+        (["dataset=other.jsonl"], "rank 1 differs from rank 0: train_rows"),
+        (["learning_rate=0.02"], "rank 1 differs from rank 0: learning_rate\n  seen:    0.02\n  allowed: 0.01"),
+    ):
+        lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
+        (tmp_path / "run.yaml").write_text("".join(lines))
+        ranks = Ranks(2, lambda rank, more=more: main(["train", "run.yaml", *(more * rank)]), tmp_path)
+        assert ranks.ends() == [2, 2], ranks.said(0) + ranks.said(1)
+        assert seen in ranks.said(0)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_what_is_done_is_saved(keys, tmp_path: Path) -> None:
+    solotune.plan(keys)
+    ranks = train_as(2, {**keys, "max_steps": 3000, "save_steps": 3000, "eval_steps": 3000}, tmp_path)
+    wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 3)
+    killed = time.monotonic()
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.ends(60) == [137, -9], ranks.said(0)
+    assert time.monotonic() - killed < 60
+    done = events_of(tmp_path / "run", "step")[-1]["step"]
+    assert f"rank 1 (process {ranks.pids[1]} on " in ranks.said(0)
+    assert f"has died: it was killed, or crashed; checkpoint of step {done} saved" in ranks.said(0)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+
+
+def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+# --- more of it, in minutes: sh scripts/test_ranks
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi", "gpt2", "mixtral"])
+def test_four_ranks_in_six_families(keys, family: str, model_folder, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(model_folder(family), folder)
+    save_tokenizer(folder)
+    keys |= {"model_name_or_path": str(folder), "per_device_train_batch_size": 1, "eval_steps": 20}
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 4})
+    ranks = train_as(4, keys, tmp_path)
+    assert ranks.ends() == [0] * 4, ranks.said(0)
+    found, wanted = (events_of(tmp_path / name, "step") for name in ("run", "alone"))
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in wanted], rel=1e-6)
+
+
+@pytest.mark.ranks
+def test_on_one_rank_a_run_of_two_goes_on_with_the_same_rows_in_a_step(keys, tmp_path: Path) -> None:
+    ranks = train_as(2, keys, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
+    with pytest.raises(IntegrityError) as refused:
+        solotune.train({**keys, "output_dir": "run"}, resume=True)
+    assert refused.value.change == "gradient_accumulation_steps: 2, or continue on 2 ranks"
+    solotune.train({**keys, "output_dir": "run", "gradient_accumulation_steps": 2}, resume=True)
+    (resumed,) = events_of(tmp_path / "run", "resume")
+    assert resumed["inexact"] == [
+        "gradient_accumulation_steps was 1, is 2",
+        "the number of ranks was 2, is 1: sums are rounded in another order",
+    ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(keys, number: int, victim: int, tmp_path: Path) -> None:
+    keys |= {"max_steps": 400, "save_steps": 400, "eval_steps": 400}
+    ranks = train_as(2, keys, tmp_path)
+    wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 3)
+    os.kill(ranks.pids[victim], number)
+    sent = time.monotonic()
+    if number == signal.SIGSTOP:
+        other = 1 - victim
+        wait_for(lambda: os.waitid(os.P_PID, ranks.pids[other], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
+        os.kill(ranks.pids[victim], signal.SIGKILL)
+    codes = ranks.ends(60)
+    assert time.monotonic() - sent < 60
+    assert codes == ([128 + number] * 2 if number != signal.SIGSTOP else [-9, 9] if victim == 0 else [9, -9])
+    ranks = train_as(2, keys, tmp_path, "--resume")
+    assert ranks.ends() == [0, 0], ranks.said(0)
+    assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 401))
+
+
+@pytest.mark.ranks
+def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(keys, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+    more = ["max_steps=400", "save_steps=5", "eval_steps=400"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    with subprocess.Popen([*command, "-m", "solotune", "train", "run.yaml", *more]) as agent:
+        wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 7)
+        workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        environ = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers]
+        killed = next(pid for pid, one in zip(workers, environ, strict=True) if b"RANK=1" in one)
+        os.kill(int(killed), signal.SIGKILL)
+        assert agent.wait(200) == 0
+    assert len(events_of(tmp_path / "run", "resume")) == 1
+    assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 401))
