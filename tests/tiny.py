@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from solotune.dataset import Example
@@ -85,6 +86,16 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def save_model(folder: Path, config: transformers.PreTrainedConfig | None = None, **changes: Any) -> str:
+    """Write a random model, the same on every call: a small Llama or that of `config`, with other values of its keys."""
+    torch.manual_seed(0)
+    config = config or FAMILIES["llama"]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def save_tokenizer(folder: Path) -> None:

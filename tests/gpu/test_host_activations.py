@@ -10,7 +10,7 @@ import gc
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, random_rows
+from tiny import random_rows, save_model
 
 from solotune.dataset.collate import collate
 from solotune.model import lora
@@ -26,12 +26,7 @@ DEPTH, PASSES = 6, 5
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A model of six layers with a head of its own."""
-    folder = tmp_path_factory.mktemp("deep")
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    config.num_hidden_layers, config.tie_word_embeddings = DEPTH, False
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=DEPTH, tie_word_embeddings=False)
 
 
 @pytest.fixture

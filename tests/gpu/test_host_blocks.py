@@ -9,8 +9,7 @@ import gc
 
 import pytest
 import torch
-import transformers
-from tiny import FAMILIES
+from tiny import save_model
 
 from solotune.model.host_blocks import MAX_INCOMPLETE
 from solotune.model.limits import RING_SLOTS
@@ -22,11 +21,8 @@ DEPTH = 16
 
 
 def test_the_card_holds_few_layers_while_loading(tiny_config, tmp_path):
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    config.num_hidden_layers, config.hidden_size, config.intermediate_size = DEPTH, 512, 2048
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    keys = {"model_name_or_path": str(tmp_path), "use_cpu": False, "bf16": True, "base_precision": "bf16"}
+    path = save_model(tmp_path, num_hidden_layers=DEPTH, hidden_size=512, intermediate_size=2048)
+    keys = {"model_name_or_path": path, "use_cpu": False, "bf16": True, "base_precision": "bf16"}
     peaks = []
     for offload in (False, True):
         gc.collect()

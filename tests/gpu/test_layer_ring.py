@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import transformers
-from tiny import FAMILIES, VOCAB
+from tiny import VOCAB, save_model
 
 from solotune.dataset import Example
 from solotune.dataset.collate import collate
@@ -42,12 +41,7 @@ PRECISIONS = {
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A model of five layers."""
-    folder = tmp_path_factory.mktemp("deep")
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    config.num_hidden_layers = DEPTH
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=DEPTH)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import weakref
 
 import pytest
 import torch
-import transformers
-from tiny import FAMILIES, random_rows
+from tiny import random_rows, save_model
 
 from solotune.dataset.collate import collate
 from solotune.model import layers
@@ -22,12 +21,7 @@ DEPTH, WIDTH = 5, 64
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
     """A folder of a model with five layers."""
-    path = tmp_path_factory.mktemp("deep")
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    config.num_hidden_layers = DEPTH
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return str(path)
+    return save_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=DEPTH)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from tiny import FAMILIES, VOCAB, random_rows
+from tiny import FAMILIES, VOCAB, random_rows, save_model
 
 from solotune.dataset.collate import collate
 from solotune.errors import InputError
@@ -29,12 +29,8 @@ def deep(tmp_path_factory):
     """Folders of models with five layers."""
 
     def folder(family):
-        path = tmp_path_factory.mktemp(family)
-        torch.manual_seed(0)
         config = FAMILIES[family]() if family in FAMILIES else transformers.Qwen3MoeConfig(**MIXTURE)
-        config.num_hidden_layers = DEPTH
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
-        return str(path)
+        return save_model(tmp_path_factory.mktemp(family), config, num_hidden_layers=DEPTH)
 
     return {family: folder(family) for family in ("llama", "neox", "mixture")}
 

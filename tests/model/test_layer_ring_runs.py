@@ -7,8 +7,7 @@ import json
 
 import pytest
 import torch
-import transformers
-from tiny import FAMILIES, metrics_of, random_rows, save_tokenizer
+from tiny import metrics_of, random_rows, save_model, save_tokenizer
 
 import solotune
 from solotune.dataset import load_tokenizer
@@ -34,12 +33,8 @@ OF_THE_MACHINE = {"time", "seconds", "tokens_per_second", "peak_bytes", "data_se
 def deep_model(tmp_path_factory):
     """A random Llama of five layers with a tokenizer."""
     folder = tmp_path_factory.mktemp("deep-chat-model")
-    torch.manual_seed(0)
-    config = FAMILIES["llama"]()
-    config.num_hidden_layers = DEPTH
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     save_tokenizer(folder)
-    return str(folder)
+    return save_model(folder, num_hidden_layers=DEPTH)
 
 
 @pytest.fixture
