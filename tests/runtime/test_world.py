@@ -55,11 +55,11 @@ def test_rank_alone_is_half_of_it() -> None:
 
 def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.distributed", None)  # an import of it would fail
-    assert ALONE.gather({"rows": 1}) == [{"rows": 1}]
-    assert ALONE.told(lambda: "folder") == "folder"
-    assert ALONE.share(b"bytes") == b"bytes"
+    assert ALONE.all_gather({"rows": 1}) == [{"rows": 1}]
+    assert ALONE.broadcast(lambda: "folder") == "folder"
+    assert ALONE.broadcast_bytes(b"bytes") == b"bytes"
     ALONE.join()
-    ALONE.sum()
+    ALONE.all_reduce()
     ALONE.disconnect()
     with ALONE.one_after_another():
         ALONE.leave({"how": "finished"})
@@ -92,8 +92,8 @@ def test_two_ranks_tell_each_other_and_leave() -> None:
         world.join()
         with world.one_after_another():
             found.setdefault("order", []).append(world.rank)
-        told = world.told(lambda: {"folder": world.rank})
-        found[world.rank] = (world.gather(world.rank * 10), told, world.local_ranks)
+        told = world.broadcast(lambda: {"folder": world.rank})
+        found[world.rank] = (world.all_gather(world.rank * 10), told, world.local_ranks)
         world.leave({"how": "finished"})
 
     other = threading.Thread(target=work, args=(ranks[1],))

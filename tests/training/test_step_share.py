@@ -114,7 +114,7 @@ def test_a_rank_that_stops_while_it_waits_leaves_its_part_for_the_others(tiny_co
     """Its gradients were set to zero once, and rank 0 made an update of half the rows."""
 
     class Waiting(World):
-        def sum(self, *tensors: torch.Tensor) -> None:
+        def all_reduce(self, *tensors: torch.Tensor) -> None:
             self.sent = [tensor.clone() for tensor in tensors]
             raise StopRequested(signal.SIGTERM)
 

@@ -1,7 +1,7 @@
 """A run on several ranks, from its start to the first step: what they compare, and what rank 0 tells the others.
 
     start(world, config, resume)       meet; the same config, versions and cards? each rank takes its card
-    require_same(world, facts)         later: the same rows and base?
+    require_same_run(world, facts)     later: the same rows and base?
     share_start(world, run, point)     the run directory and the checkpoint of rank 0, on every rank
 
 Rank 0 decides: its plan's settings, its date, its run directory and its checkpoint are those of all. The others need no
@@ -53,7 +53,7 @@ def start(world: World, config: RunConfig, resume: bool) -> None:
     versions = {name: installed_version(name) for name in ("torch", "transformers", "bitsandbytes")}
     facts = {**values, "--resume": resume, "solotune": __version__, **versions, "card": card}
     require_same(world, facts)
-    cards = world.gather([platform.node(), uuid])
+    cards = world.all_gather([platform.node(), uuid])
     for rank, found in enumerate(cards):
         if uuid and (first := cards.index(found)) != rank:
             raise InputError(
@@ -92,7 +92,7 @@ def require_same(world: World, facts: Mapping[str, Any]) -> None:
     Raises:
         InputError: a rank has another value than rank 0.
     """
-    all_facts = world.gather(dict(facts))
+    all_facts = world.all_gather(dict(facts))
     for rank, found in enumerate(all_facts):
         for key, value in all_facts[0].items():
             if found.get(key) != value:
@@ -116,7 +116,7 @@ def run_to_continue(world: World, config: RunConfig) -> RunConfig:
 
     if world.size == 1:
         return resume.run_to_continue(config)
-    folder = world.told(lambda: resume.run_to_continue(config).output_dir)
+    folder = world.broadcast(lambda: resume.run_to_continue(config).output_dir)
     return config.replaced("newest run of this config", output_dir=folder) if folder else config
 
 
@@ -151,7 +151,7 @@ def with_plan_of_rank_0(world: World, config: RunConfig, planned: RunConfig) -> 
     if world.size == 1:
         return planned
     before, after = config.model_dump(), planned.model_dump()
-    values = world.told(lambda: {key: value for key, value in after.items() if before[key] != value})
+    values = world.broadcast(lambda: {key: value for key, value in after.items() if before[key] != value})
     return planned if world.is_owner else config.replaced("plan of rank 0", **values)
 
 
@@ -159,23 +159,23 @@ def share_start(world: World, run: Path, resume_point: ResumePoint | None) -> tu
     """The run directory and the checkpoint of rank 0, on every rank; what the others give is not read."""
     if world.size == 1:
         return run, resume_point.point if resume_point else None
-    path = Path(world.told(lambda: str(run)))
+    path = Path(world.broadcast(lambda: str(run)))
     return path, _share_point(world, resume_point.point if resume_point else None)
 
 
 def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
-    """Rank 0's checkpoint on every rank; None if the run begins anew."""
+    """Rank 0's checkpoint on every rank; None for a new run."""
     from safetensors.torch import load, save
 
     from solotune.training.checkpoint import Checkpoint
 
-    if not world.told(lambda: point is not None):
+    if not world.broadcast(lambda: point is not None):
         return None
     parts = ("adapter", "optimizer", "random", "best")
     found = {f"{part}:{name}": t for part in parts for name, t in (getattr(point, part) if point else {}).items()}
-    state = world.told(lambda: point.state if point else {})
-    step = world.told(lambda: point.step if point else 0)
-    tensors = load(world.share(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
+    state = world.broadcast(lambda: point.state if point else {})
+    step = world.broadcast(lambda: point.step if point else 0)
+    tensors = load(world.broadcast_bytes(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
     of = {part: {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(part)} for part in parts}
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])
 
@@ -183,15 +183,15 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
 def departure_of(error: BaseException) -> Departure:
     """What a rank tells the others about the error that ends it."""
     if isinstance(error, (RankError, RankLost)):
-        return {"how": "followed"}  # the rank that failed first has told why
+        return {"how": "followed"}  # the rank that failed first says why
     if isinstance(error, InterruptedRunError):
         return {"how": "stopped", "signal": error.exit_code - 128}
     if isinstance(error, StopRequested):
         return {"how": "stopped", "signal": error.number}
     if isinstance(error, SolotuneError):
         parts = {"seen": error.seen, "allowed": error.allowed, "change": error.change}
-        told = {name: None if part is None else str(part) for name, part in parts.items()}
-        return {"how": "failed", "exit_code": error.exit_code, "problem": error.problem, **told}
+        texts = {name: None if part is None else str(part) for name, part in parts.items()}
+        return {"how": "failed", "exit_code": error.exit_code, "problem": error.problem, **texts}
     text = "".join(traceback.format_exception(error))
     problem = f"this is a bug of solotune: {first_line(error, with_type=True)}" if isinstance(error, Exception) else ""
     return {"how": "failed", "exit_code": 1, "problem": problem or repr(error), "traceback": text[-20_000:]}

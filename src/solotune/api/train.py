@@ -163,7 +163,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     machine = machine.shared_by(len(world.local_ranks))
     model_files = setup.check(checked, machine, resume, world)
-    day = world.told(lambda: setup.rendering_day(checked, resume))
+    day = world.broadcast(lambda: setup.rendering_day(checked, resume))
     with world.one_after_another():
         tokenizer, prepared, findings = setup.read_data(checked, model_files, day, display)
     ranks.require_rows(world, checked, prepared)
@@ -226,8 +226,8 @@ def _lead(
         display.note(f"run directory: {run.path}")
         display.choices(ready.choices)
         summary = setup.write_initial_files(run, ready, run_fingerprints, resume_point, display)
-        record, told = RunRecord.read(run.path), Observers(RunLog(run), display)
-        monitor = Monitor(model, ready.run_facts, told, record, ready.rules)
+        listeners = Observers(RunLog(run), display)
+        monitor = Monitor(model, ready.run_facts, listeners, RunRecord.read(run.path), ready.rules)
         observer = Observers(display, Resilient(trackers), Resilient(monitor))
         _, start = ranks.share_start(world, run.path, resume_point)
         with signals.defer_signals():

@@ -82,7 +82,7 @@ class LmEvalModel(HFLM):
         return self._asked(requests, lambda: super(LmEvalModel, self).generate_until(requests, True))
 
     def _asked(self, requests: list[Any], ask: Callable[[], Found]) -> Found:
-        """Answer the requests, with smaller batches where memory is short; a failure is told from those of a task."""
+        """Answer the requests, with smaller batches where memory is short; its own failures are no task's."""
         try:
             while True:
                 self._done, self._total = 0, len(requests)

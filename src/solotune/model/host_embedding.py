@@ -18,14 +18,21 @@ from transformers import PreTrainedModel
 from solotune.hardware.pinned_memory import pinned_bytes
 
 
+def own_embedding(module: PreTrainedModel) -> nn.Embedding | None:
+    """The token embedding; None if its table is the output head too."""
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if isinstance(embedding, nn.Embedding) and getattr(head, "weight", None) is not embedding.weight:
+        return embedding
+    return None
+
+
 def move_embedding_to_host(module: PreTrainedModel, device: torch.device) -> int:
     """Move the frozen table of the token embedding; the bytes that it takes there, 0 if it stays.
 
     Raises:
         DeviceError: the system does not pin so much memory.
     """
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
+    if (embedding := own_embedding(module)) is None:
         return 0
     weight = embedding.weight.detach()
     host = pinned_bytes(weight.numel() * weight.element_size(), device)

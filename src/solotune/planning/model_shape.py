@@ -33,6 +33,7 @@ from solotune.model import lora, loss
 from solotune.model.adapter_coverage import adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import DenseWeight, Fp8Weight, FrozenLinear, frozen_linears
+from solotune.model.host_embedding import own_embedding
 from solotune.model.layers import decoder_layers, language_model
 from solotune.model.tied_weights import different_ties, untie
 from solotune.model.weight_files import weight_files
@@ -98,7 +99,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
         dtype_bytes=dtype.itemsize,
         is_compiled=config.torch_compile,
         layer_linears=tuple(_counted(module, set(lora_layers), within=set(layer.modules())) for layer in layers),
-        embedding_parameters=_own_embedding(module),
+        embedding_parameters=table.weight.numel() if (table := own_embedding(module)) is not None else 0,
         coverage=coverage,
     )
 
@@ -141,14 +142,6 @@ def _fill_with_fakes(module: PreTrainedModel, in_fp8: bool, dtype: torch.dtype) 
         bias = torch.empty(out, dtype=dtype) if isinstance(part.bias, nn.Parameter) else None
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, FrozenLinear(storage, bias, transposed))
-
-
-def _own_embedding(module: PreTrainedModel) -> int:
-    """Parameters of the token embedding; 0 if the output head is the same table (`host_embedding`)."""
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or getattr(head, "weight", None) is embedding.weight:
-        return 0
-    return embedding.num_embeddings * embedding.embedding_dim
 
 
 def _counted(

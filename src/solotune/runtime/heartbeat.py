@@ -169,8 +169,9 @@ class Heartbeat:
         code = 128 + stop.number
         if isinstance(stop, RankLost):
             code = stop.lost.exit_code
-            with contextlib.suppress(OSError):
-                os.write(2, f"error: {stop.lost.problem}\n".encode() if self._rank == 0 else b"")
+            if self._rank == 0:
+                with contextlib.suppress(OSError):
+                    os.write(2, f"error: {stop.lost.problem}\n".encode())
         os._exit(code)
 
     def _write(self) -> None:

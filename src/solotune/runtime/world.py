@@ -2,11 +2,11 @@
 
     world = World.of_environment(os.environ)     what torchrun says of this process; one rank without torchrun
     with joined(world): ...                      meet the others; in the end, or after an error, tell them
-        world.gather(value)                      one JSON value of each rank, on every rank
-        world.told(make)                         what rank 0 makes, on every rank
-        world.share(content)                     bytes of rank 0, on every rank
+        world.all_gather(value)                  one JSON value of each rank, on every rank
+        world.broadcast(make)                    what rank 0 makes, on every rank
+        world.broadcast_bytes(content)           bytes of rank 0, on every rank
         world.connect("cpu")
-        world.sum(gradient, figures)             all-reduce, in place
+        world.all_reduce(gradient, figures)      their sums, in place
 
 A world of one rank does none of this: its methods return at once, and torch.distributed is not loaded.
 
@@ -141,7 +141,7 @@ class World:
         found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-        self.gather(None)  # all have written their first state
+        self.all_gather(None)  # all have written their first state
         self._heartbeat.start()
 
     def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +182,7 @@ class World:
 
     # --- small things, through the store
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """A JSON value of each rank, in their order, on every rank."""
         if self.size == 1:
             return [value]
@@ -193,12 +193,12 @@ class World:
             self._wait(lambda: self._store.check(keys), 0.005)
             return [json.loads(text) for text in self._store.multi_get(keys)]
 
-    def told(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; it has to be JSON."""
         if self.size == 1:
             return make()
         self._round += 1
-        key = f"told/{self._round}"
+        key = f"broadcast/{self._round}"
         if self.is_owner:
             value = make()
             with self._errors():
@@ -247,7 +247,7 @@ class World:
             )
         # ours is the decision what happens when a rank is lost; NCCL's own would end this process before it can save
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        self.gather(None)
+        self.all_gather(None)
         with self._errors(), self._blocking():
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
@@ -264,11 +264,11 @@ class World:
         if self._device is not None:
             import torch.distributed as dist
 
-            self.gather(None)  # nobody leaves while another one still receives
+            self.all_gather(None)  # nobody leaves while another one still receives
             self._device = None
             dist.destroy_process_group()
 
-    def sum(self, *tensors: torch.Tensor) -> None:
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
         if self.size == 1:
             return
@@ -278,7 +278,7 @@ class World:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 self._finish(work)
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast_bytes(self, content: bytes) -> bytes:
         """Bytes of rank 0 on every rank; what others give is not read."""
         if self.size == 1:
             return content
@@ -286,7 +286,7 @@ class World:
         import torch
         import torch.distributed as dist
 
-        size = self.told(lambda: len(content))
+        size = self.broadcast(lambda: len(content))
         whole = np.frombuffer(content, np.uint8).copy() if self.is_owner else np.empty(size, np.uint8)
         with self._errors():
             for start in range(0, size, PIECE_BYTES):
@@ -362,7 +362,7 @@ def joined(world: World, departure_of: Callable[[BaseException], Departure]) -> 
     """Meet the other ranks; in the end, or after an error, tell them.
 
     Args:
-        departure_of: what they are told about an error.
+        departure_of: what the others get to know about an error.
     """
     if world.size == 1:
         yield

@@ -21,6 +21,7 @@ from solotune.hardware.machine import Machine, dtype_of, ram
 from solotune.hub.model_files import ModelFiles
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import frozen_linears
+from solotune.model.host_embedding import own_embedding
 from solotune.model.layers import decoder_layers
 from solotune.model.limits import RING_SLOTS, offloaded_layers
 from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy
@@ -67,10 +68,8 @@ class BaseSize(NamedTuple):
 
         own = sum(p.numel() for linear in frozen for p in linear.parameters(recurse=False))
         layers = tuple(num_bytes(layer, 0) for layer in decoder_layers(module))
-        table, head = module.get_input_embeddings(), module.get_output_embeddings()
-        embedding = 0
-        if isinstance(table, nn.Embedding) and getattr(head, "weight", None) is not table.weight:
-            embedding = table.weight.numel() * dtype.itemsize
+        table = own_embedding(module)
+        embedding = 0 if table is None else table.weight.numel() * dtype.itemsize
         whole = num_bytes(module, sum(p.numel() for p in module.parameters()) - own)
         return cls(layers, whole - sum(layers) - embedding, embedding)
 

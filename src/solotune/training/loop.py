@@ -109,7 +109,7 @@ def train_step(
         raise
     assert model.flat_params.grad is not None
     # stopped while it waits, this rank leaves its part as it is: another one may still receive it, and make the update
-    share.world.sum(model.flat_params.grad, runner.loss_and_correct_2)
+    share.world.all_reduce(model.flat_params.grad, runner.loss_and_correct_2)
     loss_sum, hits = runner.loss_and_correct_2
     grad_norm = clip_grad_norm_(model.trainable, max_grad_norm)
     figures = [loss_sum / share.total_weight, hits / share.num_supervised, grad_norm]
@@ -189,9 +189,8 @@ def train(
     is_over = resume_from is not None and bool(resume_from.state.get("is_over"))
     try:
         observer.begin(schedule.total_steps, done)
-        if evals.is_due(done) and world.told(
-            lambda: _lacks_evaluation(run, done)
-        ):  # the run was stopped during this evaluation
+        # the run may have been stopped during this evaluation
+        if evals.is_due(done) and world.broadcast(lambda: _lacks_evaluation(run, done)):
             score = evals.make(done)
         for step, micro_batches in enumerate(schedule.steps(done), start=done + 1):
             if is_over or (best is not None and best.is_out_of_patience):

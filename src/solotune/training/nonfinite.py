@@ -120,7 +120,7 @@ def examine_together(finding: Finding, share: StepShare) -> Finding:
     """What all ranks have found in the same failed step, on every rank."""
     if share.world.size == 1:
         return finding
-    found = [Finding(*parts) for parts in share.world.gather(list(vars(finding).values()))]
+    found = [Finding(*parts) for parts in share.world.all_gather(list(vars(finding).values()))]
     tensors = list(dict.fromkeys(name for one in found for name in one.tensors))
     rows = [row for one in found for row in one.rows]
     again = any(one.verdict == "reproducible" for one in found)

@@ -1,6 +1,6 @@
 """What one rank computes of a step, and what it has to know of the whole step.
 
-    share = StepShare.of(schedule, step_rows, ...)
+    share = StepRows(...).share(micro_batches)
     share.batches        the micro-batches of this rank, on its device
     share.numbers        their numbers in the whole step: seeds of dropout
     share.total_weight   of the whole step: the loss is divided by it on every rank, and then summed
@@ -116,7 +116,7 @@ def require_same_adapters(model: TrainableModel, world: World, step: int) -> Non
     """
     if world.size == 1:
         return
-    found = world.gather(int(model.flat_params.detach().view(torch.int32).sum(dtype=torch.int64)))
+    found = world.all_gather(int(model.flat_params.detach().view(torch.int32).sum(dtype=torch.int64)))
     if others := [rank for rank, checksum in enumerate(found) if checksum != found[0]]:
         raise DeviceError(
             f"step {step}: the adapters of rank {', '.join(map(str, others))} differ from those of rank 0, though all "

@@ -1,4 +1,4 @@
-"""Faults of runs on several GPUs: what ranks saved and logged, and an epoch that is counted anew after a resume."""
+"""Faults of runs on several GPUs: what ranks saved and logged, and an epoch that is counted again after a resume."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def log_of(parts, digits=None, every=5) -> Trace:
 
 @pytest.mark.parametrize("digits", [None, 2, 4])
 @pytest.mark.parametrize(("before", "after"), [(100, 50), (50, 100), (120, 90), (37, 74)])
-def test_an_epoch_that_is_counted_anew_after_a_resume(before, after, digits):
+def test_an_epoch_that_is_counted_again_after_a_resume(before, after, digits):
     trace = log_of([(200, before), (400, after)], digits)
     found = recounted(trace)
     assert found is not None and found[0] == 200
@@ -159,7 +159,7 @@ def test_an_epoch_that_is_counted_anew_after_a_resume(before, after, digits):
     assert signals(run_facts(trace=trace)) == {"F81": "invariant"}
 
 
-def test_epochs_of_healthy_runs_are_not_counted_anew():
+def test_epochs_of_healthy_runs_are_not_counted_again():
     whole = log_of([(400, 80)], 2)
     assert recounted(whole) is None
     step = whole.step_S.astype(float)

@@ -298,7 +298,7 @@ def _times_as_large(one: RankCheckpoint, other: RankCheckpoint) -> float | None:
 
 
 def recounted(trace: Trace) -> tuple[int, float, float] | None:
-    """(last step before, steps per epoch before, after), if the epoch was counted anew with another number of steps.
+    """(last step before, steps per epoch before, after), if the epoch was counted again with another number of steps.
 
     In both parts the epoch is the step divided by one number, from step 0 on; no run does so without being resumed. Its
     rounding to two digits, and an epoch's last step, which may be smaller, are allowed for.
