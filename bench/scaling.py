@@ -124,7 +124,10 @@ def run(case: Case, folder: Path, cards: int, ranks: int, steps: int) -> list[di
         run_folder = folder / f"run-{len(list(folder.glob('run-*')))}"
         worker = ["-m", "bench.scaling", "--tokenizer", "-", "--child", *keys, *case.overrides]
         start = [sys.executable] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
-        environ = dict(os.environ, **({"CUDA_VISIBLE_DEVICES": str(number)} if ranks == 1 else {}))
+        environ = dict(os.environ)
+        if ranks == 1:
+            visible = environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards)))).split(",")
+            environ["CUDA_VISIBLE_DEVICES"] = visible[number]
         log = (folder / f"{run_folder.name}.log").open("w+")
         command = [*start, *worker, f"output_dir={run_folder}"]
         made.append((run_folder, log, subprocess.Popen(command, stdout=log, stderr=log, env=environ)))
@@ -215,7 +218,7 @@ def main() -> None:
         for case in [case for case in CASES if any(text in case.name for text in args.only)]:
             if not (folder / case.model).exists():
                 make_checkpoint(folder / case.model, case.model, args.tokenizer)
-            found = {"one": run(case, folder, args.cards, 1, args.steps) if case.on_one else []}
+            found: dict[str, Any] = {"one": run(case, folder, args.cards, 1, args.steps) if case.on_one else []}
             found["all"] = run(case, folder, args.cards, args.cards, args.steps)[0]
             result["cases"][case.name] = found
             print(json.dumps({case.name: found}), flush=True)
