@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     base_offload: Literal["auto"] | bool | PositiveInt = _in("model", default="auto")
     """Keep frozen layers in host memory (RAM) and stream them: true (all), false, N of them, or auto (if needed)."""
     base_sharding: Literal["auto"] | bool = _in("model", default="auto")
-    """Split the frozen layers over the GPUs of one machine (under torchrun): true, false, or auto (the plan decides)."""
+    """Split the frozen layers over the GPUs of one machine (torchrun): true, false, or auto (the plan decides)."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
