@@ -14,7 +14,7 @@ from solotune.model.frozen_linear import FrozenLinear
 from solotune.model.host_blocks import HostBlock
 from solotune.model.layer_blocks import ALIGNMENT
 from solotune.model.loading import load_model
-from solotune.model.sharded_blocks import SharedBase, ShardedBlock, part_of
+from solotune.model.sharded_blocks import ShardedBlock, SharedBase, part_of
 from solotune.runtime.heartbeat import Peer
 from solotune.runtime.world import ALONE, World
 
