@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.config.run_config import RunConfig
 from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError
-from solotune.runtime.heartbeat import Departure, RankLost
+from solotune.runtime.heartbeat import Departure, RankLost, rank_error
 from solotune.runtime.signals import StopRequested
 from solotune.runtime.world import World
 from solotune.units import first_line
@@ -178,6 +178,16 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
     tensors = load(world.broadcast_bytes(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
     of = {part: {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(part)} for part in parts}
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])
+
+
+def raise_if_lost(world: World, config: RunConfig, saved: str | None, change: str) -> None:
+    """After an error of the GPU: with a shared base it may come from the memory of a rank that has died.
+
+    Raises:
+        RankError: one has; see `rank_error`.
+    """
+    if config.base_sharding is not False and (lost := world.lost_rank()) is not None:
+        raise rank_error(lost, saved, change)
 
 
 def departure_of(error: BaseException) -> Departure:

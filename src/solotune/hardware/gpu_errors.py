@@ -186,7 +186,8 @@ def smaller_settings(settings: MemorySettings, stage: Stage | None, run: Path | 
             changes.append(f"per_device_train_batch_size: {fewer} with {same}")
         if settings.gradient_checkpointing is not True:
             changes.append(f"gradient_checkpointing: true{_then(run)}")
-    if settings.base_offload not in ("auto", True) and settings.base_residency != "dequantized":
+    is_resident = settings.base_offload not in ("auto", True) and settings.base_sharding is not True
+    if is_resident and settings.base_residency != "dequantized":
         changes.append(f"base_offload: true (frozen layers in host memory){_then(run)}")
     if settings.base_precision != "nf4" or settings.multiplies_in_fp8:
         changes.append("base_precision: nf4" + (" with matmul_precision: auto" if settings.multiplies_in_fp8 else ""))
