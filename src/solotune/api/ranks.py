@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import RunConfig
 from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError
 from solotune.runtime.heartbeat import Departure, RankLost, rank_error
@@ -32,6 +34,32 @@ if TYPE_CHECKING:
 
 OWN = ("output_dir", "resume_from_checkpoint")
 """Keys that only rank 0 uses."""
+
+
+def local_size(world: World, environ: Mapping[str, str]) -> int:
+    """The ranks that a launcher has started on this machine, before they meet; all, if it does not say."""
+    text = environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(text), world.size) if text.isdecimal() and int(text) else world.size
+
+
+def torchrun_line(count: int, config: ConfigSource, overrides: Overrides = (), *more: str) -> str:
+    """The command that trains on so many GPUs of one machine, with the config as the user has named it."""
+    named = str(config) if isinstance(config, (str, os.PathLike)) else "CONFIG"
+    pairs = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    words = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "solotune", "train", named, *pairs, *more]
+    return shlex.join(words)
+
+
+def note_of_other_gpus(
+    world: World, config: RunConfig, named: ConfigSource, overrides: Overrides, resume: bool
+) -> str | None:
+    """What a run that uses one of several GPUs is told: how to use all."""
+    import torch
+
+    if world.size > 1 or config.use_cpu or (count := torch.cuda.device_count()) < 2:
+        return None
+    line = torchrun_line(count, named, overrides, *["--resume"] * resume)
+    return f"this machine has {count} GPUs, and this run uses one of them. On all of them: {line}"
 
 
 def start(world: World, config: RunConfig, resume: bool) -> None:

@@ -126,15 +126,23 @@ def read_data(
 
 
 def plan(
-    config: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
+    config: RunConfig,
+    model_files: ModelFiles,
+    machine: Machine,
+    prepared: Prepared,
+    display: RunObserver,
+    local_ranks: int = 1,
 ) -> Plan:
     """Plan the run. `resolved` of the plan is the config with the settings that the plan chose.
+
+    Args:
+        local_ranks: the ranks on this machine.
 
     Raises:
         CheckError: it does not fit.
     """
     display.phase("planning")
-    result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files)
+    result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files, local_ranks=local_ranks)
     if not result.fits:
         raise result.refusal()
     watchdog.expect(result.option.seconds.first_step)
@@ -242,11 +250,6 @@ def write_initial_files(
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
-    if ready.machine.num_gpus > 1 and ready.config.ranks == 1 and ready.model.device.type == "cuda":
-        display.note(
-            f"this machine has {ready.machine.num_gpus} GPUs, and this run uses one of them. On all of them: torchrun "
-            f"--nproc-per-node={ready.machine.num_gpus} -m solotune train CONFIG"
-        )
     run_summary = summary(ready)
     if ready.config.ranks > 1:
         batches = ready.config.batches

@@ -129,6 +129,8 @@ def train(
         with joined(world, ranks.departure_of):
             try:
                 ranks.start(world, checked, resume)
+                if note := ranks.note_of_other_gpus(world, checked, config, overrides, resume):
+                    user_display.note(note)
                 return _train(checked, resume, user_display, world)
             except signals.StopRequested as stop:
                 raise _stopped_early(world.why(stop), user_display.stage) from None
@@ -170,7 +172,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     with world.one_after_another():
         tokenizer, prepared, findings = setup.read_data(checked, model_files, day, display)
     ranks.require_rows(world, checked, prepared)
-    plan = setup.plan(checked, model_files, machine, prepared, display)
+    plan = setup.plan(checked, model_files, machine, prepared, display, len(world.local_ranks))
     checked = ranks.with_plan_of_rank_0(world, checked, plan.resolved)
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
     rules = setup.stop_before_harm(checked, run_facts, resume, display)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import CheckError
-from solotune.hardware import link
+from solotune.hardware import link, several_gpus
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
 from solotune.hub.download import offline_switch
@@ -75,6 +75,7 @@ def doctor() -> DoctorReport:
             *_check_floors(),
             _check_torch(machine),
             _check_gpu(machine),
+            *several_gpus.check_several(machine),
             _check_bitsandbytes(machine),
             *(
                 [environment.check_triton(machine), environment.check_compiler(), _check_link()]

@@ -1,0 +1,238 @@
+"""Plans of several ranks: what they choose, what it takes and gives, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from inline_snapshot import snapshot
+from planning.test_planner import H100, KNOBS, WORK, config, llama_8b
+
+from solotune.errors import InputError
+from solotune.planning import constants as known
+from solotune.planning.gpus import CARDS, cards_named
+from solotune.planning.memory import footprint, joined_weights, stored_bytes
+from solotune.planning.planner import full_rows, make_plan
+from solotune.planning.throughput import all_reduce, seconds, streaming
+
+GIB = 1 << 30
+BF16 = replace(KNOBS, base_precision="bf16")
+
+
+def planned_on(count: int, card=H100, host=None, local=None, **keys):
+    """A plan for so many ranks, all on one machine if not said otherwise."""
+    checked, shape = config(**keys).on_ranks(count), llama_8b()
+    work = replace(full_rows(checked.batches), local_ranks=local or count)
+    return make_plan(checked, lambda _: shape, card, work, None, host_free_bytes=host)
+
+
+# --- cards
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [("h100x2", "h100", 2), ("4090x8", "4090", 8), ("RTX 4090 x4", "4090", 4), ("rtx4090", "4090", 1),
+     ("a100-40X16", "a100-40", 16), ("h100x1", "h100", 1), ("6000-ada", "6000-ada", 1)],
+)  # fmt: skip
+def test_cards_and_their_number(text, name, count):
+    assert (cards_named(text).card.name, cards_named(text).count) == (name, count)
+
+
+@pytest.mark.parametrize("text", ["h100x0", "h100x1000", "h100x", "h100x-2", "h100 x 17"])
+def test_a_number_that_no_machine_has_is_refused(text):
+    with pytest.raises(InputError) as raised:
+        cards_named(text)
+    error = raised.value
+    assert error.problem == "command line, --gpu: not a number of GPUs in one machine"
+    assert (error.seen, error.allowed, error.change) == (text, "a card, then x1 to x16", "--gpu h100x2")
+
+
+@pytest.mark.parametrize(("text", "change"), [("2xh100", "h100x2"), ("h10x4", "h100x4"), ("8x4090", "4090x8")])
+def test_what_was_meant_is_named(text, change):
+    with pytest.raises(InputError) as raised:
+        cards_named(text)
+    assert raised.value.change == f"--gpu {change}"
+
+
+def test_links_between_cards():
+    assert (H100.peer_link, H100.peer_bytes, H100.all_reduce_bytes) == ("NVLink", 360e9, 360e9)
+    card = CARDS["4090"]  # PCIe 4: 24.7 GB/s; an all-reduce goes to the host and from there to the next card
+    assert (card.peer_link, card.peer_bytes, card.all_reduce_bytes) == ("PCIe", 24.7e9, 12.35e9)
+    assert H100.has_peer_access and not card.has_peer_access
+    assert H100.beside(1).link_bytes == 55e9 and H100.beside(7).link_bytes == 25e9  # 200 GB/s for all
+
+
+# --- bytes and seconds
+
+
+def test_an_all_reduce_sends_its_bytes_nearly_twice():
+    fixed = known.ALL_REDUCE_SECONDS
+    assert all_reduce(10**9, 1, 1e9) == 0
+    assert all_reduce(400 * 10**6, 2, 100e9) == pytest.approx(fixed + 2 * (known.HOP_SECONDS + 0.002))
+    assert all_reduce(400 * 10**6, 8, 100e9) == pytest.approx(fixed + 14 * (known.HOP_SECONDS + 0.0005))
+
+
+def test_ranks_add_one_all_reduce_to_a_step_and_multiply_its_rows():
+    shape = llama_8b()
+    alone, both = (seconds(shape, KNOBS, replace(WORK, ranks=n, local_ranks=n), H100) for n in (1, 2))
+    assert alone.communication == 0
+    assert both.communication == all_reduce(4 * joined_weights(shape), 2, 360e9)
+    assert both.step == pytest.approx(alone.step + both.communication)
+    assert both.tokens_per_second == pytest.approx(2 * WORK.tokens_per_step / both.step)
+    used = [footprint(shape, KNOBS, replace(WORK, ranks=n), H100) for n in (1, 2)]
+    assert used[0].peak_bytes == used[1].peak_bytes
+    assert used[1].card_bytes - used[0].card_bytes == known.NCCL_BYTES
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_a_sharded_base_is_its_part_and_two_layers(count):
+    shape, sharded = llama_8b(), replace(BF16, num_shards=count)
+    frozen, layer = 2 * 6979321856, sum(stored_bytes(shape, 0, BF16))
+    used = footprint(shape, sharded, WORK, H100)
+    assert used.by_category["weights"] == frozen // count + 2 * 1050939392 + 2 * layer
+    assert used.peers_bytes == frozen - frozen // count
+    assert used.host_bytes == 0
+
+
+def test_a_sharded_step_is_as_long_as_its_copies_over_a_slow_link_and_else_as_its_compute():
+    shape, sharded = llama_8b(), replace(BF16, num_shards=4)
+    at = [seconds(shape, sharded, WORK, replace(H100, nvlink_bytes=speed)).step for speed in (1e9, 450e9, 1e15)]
+    # all layers but the two that are there, each way: three quarters of them from the others, at 0.8 GB/s
+    copied = 2 * (2 * 6979321856 * 30 / 32) * 3 / 4
+    assert at[0] == pytest.approx(copied / 0.8e9 * WORK.accumulation, rel=0.1)
+    assert at[1] == pytest.approx(at[2], rel=0.05)
+    resident = seconds(shape, BF16, WORK, H100).step
+    assert resident <= at[2] == pytest.approx(resident, rel=0.05)
+
+
+def test_inputs_from_the_host_and_weights_from_other_cards_do_not_share_a_link():
+    copies = [1.0] * 50, [0.6] * 50
+    assert streaming(*copies, arriving=[0, *[0.6] * 49], one_link=False) == pytest.approx(50, rel=0.02)
+    assert streaming(*copies, arriving=[0, *[0.6] * 49]) == pytest.approx(60, rel=0.05)
+
+
+# --- choices
+
+SMALL = {"base_precision": "bf16", "memory_budget": "14GiB", "gradient_checkpointing": True, "max_length": 512}
+
+
+def test_a_base_that_fits_is_on_each_card():
+    plan = planned_on(2)
+    assert plan.option.knobs.num_shards == 1 and plan.option.knobs.num_streamed == 0
+    assert plan.resolved.base_sharding is False and plan.resolved.source_of("base_sharding") == "plan"
+    assert "base_sharding" not in {choice.key for choice in plan.choices}
+    assert config().on_ranks(1).base_sharding == "auto" == planned_on(1).resolved.base_sharding
+
+
+def test_a_base_that_does_not_fit_is_sharded_over_nvlink_and_the_plan_says_why():
+    plan = planned_on(2, **SMALL)
+    assert plan.fits and plan.option.knobs.num_shards == 2 and plan.option.knobs.num_streamed == 0
+    assert (plan.resolved.base_sharding, plan.resolved.base_offload) == (True, False)
+    (choice,) = [choice for choice in plan.choices if choice.key == "base_sharding"]
+    assert choice.because == snapshot(
+        "the base does not fit; each of 2 GPUs holds 6.5 GiB of its layers, and copies the rest from the others over NVLink; 24,954 tokens/s, streamed from host memory 24,043 tokens/s"
+    )
+    streamed = planned_on(2, **SMALL, base_sharding=False, per_device_train_batch_size=4)
+    assert streamed.option.knobs.num_streamed and streamed.resolved.base_sharding is False
+    assert plan.option.seconds.step < streamed.option.seconds.step
+    assert plan.option.instead is not None and plan.option.instead.knobs.num_streamed
+
+
+def test_the_fastest_that_fits_is_taken():
+    slow = replace(H100, nvlink_bytes=10e9)  # slower than the link to the host
+    plan = planned_on(2, slow, **SMALL)
+    (choice,) = [choice for choice in plan.choices if choice.key == "base_offload"]
+    assert plan.option.knobs.num_streamed and ", sharded " in choice.because
+    assert planned_on(2, slow, **SMALL, host=1 * GIB).option.knobs.num_shards == 2  # the host is too small
+
+
+def test_cards_that_do_not_read_each_others_memory_stream_from_the_host():
+    plan = planned_on(2, CARDS["4090"], **SMALL)
+    assert plan.option.knobs.num_streamed and plan.option.instead is None
+    wanted = planned_on(2, CARDS["4090"], **SMALL, base_sharding=True)
+    assert wanted.option.knobs.num_shards == 2
+    assert any(note.startswith("base_sharding needs GPUs that read each other's memory") for note in wanted.notes)
+
+
+def test_sharding_is_named_where_a_config_forbids_it():
+    keys = {**SMALL, "base_offload": False, "activation_offload": False, "per_device_train_batch_size": 1}
+    plan = planned_on(2, **keys, base_sharding=False)
+    assert plan.changes == [("base_sharding", "auto")]
+    assert planned_on(2, **keys).fits and not planned_on(1, **keys).fits
+
+
+def test_a_dequantized_copy_stays_on_the_card():
+    plan = planned_on(2, base_residency="dequantized", memory_budget="8GiB")
+    assert not plan.fits
+    assert ("base_residency", "auto") in plan.changes
+
+
+def test_copies_of_short_micro_batches_ask_for_more_rows():
+    keys = {**SMALL, "max_length": 128, "base_sharding": True, "gradient_checkpointing": True}
+    plan = planned_on(4, replace(H100, nvlink_bytes=60e9), **keys)
+    chosen = {choice.key: choice for choice in plan.choices}
+    assert "of sharded layers twice" in chosen["per_device_train_batch_size"].because
+    assert chosen["gradient_accumulation_steps"].because == "the same 128 rows a step"
+    kept = planned_on(4, replace(H100, nvlink_bytes=60e9), **keys, per_device_train_batch_size=4)
+    assert any(note.startswith("copies of sharded layers set the pace") for note in kept.notes)
+
+
+# --- what the ranks share
+
+
+def test_each_rank_pins_its_own_host_memory():
+    keys = {**SMALL, "base_offload": True}
+    one, two = planned_on(1, **keys, host=64 * GIB), planned_on(2, **keys, host=64 * GIB)
+    assert one.option.footprint.host_bytes == two.option.footprint.host_bytes
+    rows = dict(two.host_memory())
+    assert rows["pinned host memory of 2 ranks"] == 2 * two.option.footprint.host_bytes
+    assert two.notes[0].startswith("each rank pins its own host memory: ")
+    small = planned_on(2, **keys, host=9 * GIB)
+    assert small.lacks_host_memory
+    error = small.refusal()
+    assert "to pin for each of 2 ranks" in str(error.seen)
+    assert "the 9.0 GiB that are free for each of 2 ranks" in str(error.allowed)
+    assert planned_on(2, **keys, host=9 * GIB).suggestion() == snapshot(
+        "base_precision: nf4 (then 2.9 GiB, 20,176 tokens/s)"
+    )
+
+
+def test_the_host_memory_has_one_bandwidth_for_all_cards():
+    keys = {**SMALL, "base_offload": True}
+    alone, eight = planned_on(1, **keys), planned_on(8, H100.beside(7), **keys)
+    assert eight.option.seconds.tokens_per_second < 8 * alone.option.seconds.tokens_per_second
+
+
+def test_what_a_plan_of_ranks_shows():
+    plan = planned_on(2, **SMALL)
+    assert plan.times() == snapshot(
+        {
+            "load": "0:07",
+            "first step": "0:13",
+            "step": "1.31 s, 24,954 tokens/s on 2 GPUs, 12,477 tokens/s on each (predicted)",
+            "rows a step": "64 (4 x 8 on each of 2 GPUs)",
+            "all-reduce": "0.3 ms a step, over NVLink, 360 GB/s (predicted)",
+            "sharding": "6.5 GiB of layers from the other GPUs in each pass, at 360 GB/s",
+        }
+    )
+    found = plan.to_json()["ranks"]
+    assert found == {
+        "size": 2,
+        "on_one_machine": 2,
+        "rows_per_step": plan.ranks.rows_per_step,
+        "tokens_per_second_per_gpu": plan.option.seconds.tokens_per_second / 2,
+        "communication_seconds": plan.option.seconds.communication,
+        "link": "NVLink",
+        "all_reduce_bytes_per_second": 360e9,
+        "copy_bytes_per_second": 360e9,
+        "bytes_on_other_gpus": 6979321856,
+        "host_bytes_of_all": 2 * plan.option.footprint.host_bytes,
+    }
+    assert plan.ranks.rows_per_step == 64
+    assert "ranks" not in planned_on(1).to_json() and "rows a step" not in planned_on(1).times()
+
+
+def test_the_network_between_machines_is_not_known():
+    plan = planned_on(4, local=2)
+    assert any("4 ranks, 2 of them on a machine: the time of the network" in note for note in plan.notes)
+    assert planned_on(4, local=2, **SMALL).option.knobs.num_shards == 2  # within a machine
