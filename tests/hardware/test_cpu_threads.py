@@ -21,11 +21,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def test_each_piece_is_taken_once_and_each_thread_computes_alone(threads: int) -> None:
-    all_started = threading.Barrier(threads, timeout=30)
+    all_have_one = threading.Barrier(threads, timeout=30)
     taken, alone = list[int](), list[int]()
 
     def work(pieces: Iterator[int]) -> None:
-        all_started.wait()
+        taken.append(next(pieces))
+        all_have_one.wait()
         alone.append(torch.get_num_threads())
         taken.extend(pieces)
 
