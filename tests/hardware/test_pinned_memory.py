@@ -11,6 +11,7 @@ import torch
 from solotune.errors import DeviceError
 from solotune.hardware import pinned_memory
 from solotune.hardware.pinned_memory import pin, pinned_bytes
+from solotune.hardware.ram import Ram
 
 GIB = 1 << 30
 
@@ -27,7 +28,7 @@ def driver(monkeypatch):
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=state.pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(pinned_memory, "ram", lambda: (16 * GIB, 2 * GIB))
+    monkeypatch.setattr(pinned_memory, "ram", lambda: Ram(16 * GIB, 2 * GIB))
     return state
 
 

@@ -62,9 +62,13 @@ def plan_for(
             return full_rows(config.batches, positions)
         return work_of(config.batches, config.evaluation, prepared)
 
-    if host_memory is None and gpu is None and not card.is_cpu:
-        host_memory = machine.ram_free_bytes
-    return planner.make_plan(config, shapes, card, work(config), free, host_free_bytes=host_memory, workloads=work)
+    notes = []
+    if host_memory is None and gpu is None:
+        if machine.ram_limited_by:
+            notes.append(machine.ram.in_words())
+        if not card.is_cpu:
+            host_memory = machine.ram_free_bytes
+    return planner.make_plan(config, shapes, card, work(config), free, notes, host_memory, work)
 
 
 def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
