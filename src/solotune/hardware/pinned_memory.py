@@ -50,15 +50,19 @@ def pin(host: torch.Tensor) -> None:
 
     Raises:
         DeviceError: the system does not pin it.
+        RuntimeError: the card failed before; `gpu_errors` explains it.
     """
     runtime: Any = torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0)):
+    found = runtime.cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0)
+    if (error := int(found)) and error not in NAMES:  # of a kernel or a copy before it: the card is lost
+        raise RuntimeError(f"CUDA error: {runtime.cudaGetErrorString(found)} ({error})")
+    if error:
         raise _refusal(error, host.numel() * host.element_size())
     weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
 
 
 def _refusal(error: int, num_bytes: int) -> DeviceError:
-    seen = f"cudaHostRegister of {mib(num_bytes, 0)} MiB gives {NAMES.get(error, 'error')} ({error}); "
+    seen = f"cudaHostRegister of {mib(num_bytes, 0)} MiB gives {NAMES[error]} ({error}); "
     seen += ram().in_words()
     fewer = "stream fewer layers (base_offload: N), or none (base_offload: false)"
     if error in UNSUPPORTED:
