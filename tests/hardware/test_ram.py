@@ -47,7 +47,11 @@ JOB = "system.slice/slurmstepd.scope/job_7"
     ("mounts", "own", "groups", "expected"),
     [
         pytest.param(V2, "0::/user.slice\n", {"user.slice": ("max", 9 * GIB, 0)}, Ram(64 * GIB, 50 * GIB), id="none"),
-        pytest.param(V2, "0::/\n", {"": (8 * GIB, 3 * GIB, GIB)}, Ram(8 * GIB, 6 * GIB, "memory.max"), id="docker v2"),
+        pytest.param(V1, "4:memory:/a\n", {"memory/a": (NO_LIMIT, GIB, 0)}, Ram(64 * GIB, 50 * GIB), id="none in v1"),
+        pytest.param(
+            V2, "0::/\n", {"": (8 * GIB, 3 * GIB, GIB), "..": (GIB, 0, 0)}, Ram(8 * GIB, 6 * GIB, "memory.max"),
+            id="docker v2, and a file that is no cgroup's",
+        ),
         pytest.param(
             V2, SLURM, {JOB: (32 * GIB, 4 * GIB, 0), f"{JOB}/step_0": ("max", 3 * GIB, 0)},
             Ram(32 * GIB, 28 * GIB, "memory.max"), id="the limit of the job above the step",
@@ -72,12 +76,13 @@ JOB = "system.slice/slurmstepd.scope/job_7"
             Ram(8 * GIB, 6 * GIB, "memory.limit_in_bytes"), id="nested v1",
         ),
         pytest.param(
-            V1.replace(" / ", " /docker/abc "), "4:cpu,memory:/docker/abc\n", {"memory": (8 * GIB, 3 * GIB, 0)},
-            Ram(8 * GIB, 5 * GIB, "memory.limit_in_bytes"), id="docker v1: its cgroup is the root of the mount",
+            V1.replace(" / ", " /docker/abc "), "4:cpu,memory:/docker/abc/job\n",
+            {"memory": (8 * GIB, 3 * GIB, 0), "memory/job": (4 * GIB, GIB, 0)},
+            Ram(4 * GIB, 3 * GIB, "memory.limit_in_bytes"), id="docker v1: its cgroup is the root of the mount",
         ),
         pytest.param(
             V2.replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ") + V1, "4:memory:/a\n0::/b\n",
-            {"memory/a": (8 * GIB, 3 * GIB, 0)}, Ram(8 * GIB, 5 * GIB, "memory.limit_in_bytes"), id="v1 beside v2",
+            {"memory/a": (8 * GIB, GIB, 2 * GIB)}, Ram(8 * GIB, 8 * GIB, "memory.limit_in_bytes"), id="v1 beside v2",
         ),
         pytest.param(
             V2, "0::/../../other\n", {"": (8 * GIB, 3 * GIB, 0), "../../other": (GIB, 0, 0)},
