@@ -16,7 +16,9 @@ from solotune import cli
 from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
+from solotune.hardware import machine as environment
 from solotune.hardware.machine import Machine, probe
+from solotune.hardware.ram import Ram
 from solotune.planning import plan_inputs, planner
 from solotune.planning.micro_batch import MicroBatch
 from solotune.run.run_dir import RunDirectory
@@ -233,10 +235,11 @@ def test_without_a_gpu_it_is_this_machines_cpu(config):
 
 def test_the_gpu_that_is_here_is_planned_for_with_what_is_free(config, monkeypatch):
     here = {**vars(probe()), "gpu": "NVIDIA L4", "gpu_bytes": 23 * GIB, "gpu_free_bytes": 9 * GIB, "num_gpus": 1}
-    machine = Machine(**{**here, "compute_capability": (8, 9)})
+    machine = Machine(**{**here, "compute_capability": (8, 9), "ram_limited_by": "memory.max"})
     checked = load_config(config)
     found = plan_inputs.plan_for(checked, machine, None)
-    assert found.card.name == "l4"
+    assert found.card.name == "l4" and machine.ram.in_words() in found.notes
+    assert "memory.max" not in str(plan_inputs.plan_for(checked, machine, None, "l4").notes)
     assert 8 * GIB < found.budget.bytes < 9 * GIB
     assert "9.0 GiB of 23.0 GiB are free" in found.budget.because
 
@@ -270,12 +273,13 @@ def test_a_run_follows_its_plan_and_keeps_it_beside_what_was_measured(runnable):
     assert YAML(typ="safe").load(text)["gradient_checkpointing"] is False
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(runnable):
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(runnable, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "ram", lambda: Ram(16 * GIB, 8 * GIB, "memory.max"))
     quick = ["use_cpu=true", "max_steps=2", "output_dir=run", "memory_budget=100MiB"]
-    with pytest.raises(CheckError) as raised:
-        solotune.train(runnable, quick)
-    assert raised.value.exit_code == 3
-    assert "memory_budget: 100MiB" in str(raised.value)
+    assert cli.main(["train", str(runnable), *quick]) == CheckError.exit_code == 3
+    shown = "".join(capsys.readouterr())
+    assert "memory_budget: 100MiB" in shown
+    assert "8.0 of 16.0 GiB of host memory are free (memory.max of a cgroup limits it)" in shown
     assert not os.path.exists("run")
 
 

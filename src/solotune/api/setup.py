@@ -144,6 +144,8 @@ def plan(
     display.phase("planning")
     result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files, local_ranks=local_ranks)
     if not result.fits:
+        if machine.ram_limited_by and (result.card.is_cpu or result.lacks_host_memory):
+            display.note(machine.ram.in_words())
         raise result.refusal()
     watchdog.expect(result.option.seconds.first_step)
     return result

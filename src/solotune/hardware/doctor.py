@@ -82,7 +82,7 @@ def doctor() -> DoctorReport:
                 if machine.has_cuda
                 else []
             ),
-            _check_room("memory", machine.ram_bytes, machine.ram_free_bytes, MIN_RAM_BYTES),
+            _check_room("memory", machine.ram.total, machine.ram.free, MIN_RAM_BYTES, machine.ram.limit_in_words),
             _check_room("disk", None, machine.disk_free_bytes, MIN_DISK_BYTES),
             _check_cache(),
             *_check_offline(),
@@ -246,9 +246,9 @@ def _check_bitsandbytes(machine: Machine) -> Check:
     return Check("bitsandbytes", "ok", f"{machine.versions.get('bitsandbytes')}, NF4 tested on {device}")
 
 
-def _check_room(name: str, total: int | None, free: int, wanted: int) -> Check:
+def _check_room(name: str, total: int | None, free: int, wanted: int, limit: str = "") -> Check:
     of_total = f" of {gib(total)}" if total else ""
-    found = f"{gib(free)}{of_total} GiB free"
+    found = f"{gib(free)}{of_total} GiB free{limit}"
     if (total or free) >= wanted:
         return Check(name, "ok", found)
     fix = {

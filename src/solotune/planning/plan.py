@@ -19,7 +19,7 @@ SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
 SHARE_OF_HOST = 0.9
 """The share of the host's free memory that a run may pin. Free is what the system has available, or what is left below
-the limit of the container (cgroup v2 `memory.max`), which counts pinned pages like all others. `cudaHostRegister` pins
+the limit of the container or job (`ram`), which counts pinned pages like all others. `cudaHostRegister` pins
 through NVIDIA's driver, which does not ask for the limit of locked memory (`ulimit -l`, RLIMIT_MEMLOCK)."""
 SHARE_OF_CARD = 0.94
 """The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other

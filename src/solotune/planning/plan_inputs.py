@@ -75,11 +75,16 @@ def plan_for(
             return replace(full_rows(config.batches, positions), local_ranks=local)
         return replace(work_of(config.batches, config.evaluation, prepared), local_ranks=local)
 
+    notes = []
     if host_memory is not None:
         host_memory //= local
-    elif gpu is None and not card.is_cpu:
-        host_memory = machine.ram_free_bytes
-    return planner.make_plan(config, shapes, card, work(config), free, host_free_bytes=host_memory, workloads=work)
+    elif gpu is None:
+        if machine.ram_limited_by:
+            notes.append(machine.ram.in_words())
+        if not card.is_cpu:
+            host_memory = machine.ram_free_bytes
+    plan = planner.make_plan(config, shapes, card, work(config), free, host_free_bytes=host_memory, workloads=work)
+    return replace(plan, notes=[*notes, *plan.notes])
 
 
 def card_here(machine: Machine, use_cpu: bool) -> tuple[Card, int]:
