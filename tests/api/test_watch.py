@@ -202,7 +202,7 @@ def test_at_60_columns_and_without_utf_8_every_line_fits(encoding):
     console = Console(file=stream, width=60, force_terminal=True, color_system=None, markup=False)
     display = LiveDisplay(1, console)
     RunFollower(run, display, lambda event: f"{event.code}: {event.says}").poll()
-    display._progress.refresh()
+    display._live.refresh()
     stream.flush()
     live = raw.getvalue().decode(encoding).split("\x1b[2K")[-1]
     bar, *below = live.replace("\r", "").splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -200,7 +199,7 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     display.begin(12_000)
     for step in (1_203, 1_204):
         display.step(metrics(step, total=12_000, num_tokens=50_000, peak_bytes=42 << 30))
-    display._progress.refresh()
+    display._live.refresh()
     live = stream.getvalue().splitlines()[-1].split("\r")[-1].removeprefix("\x1b[2K")
     assert len(live) == columns
     assert live[0] in "━╸"
@@ -216,21 +215,29 @@ def test_the_words_of_the_live_line_are_made_when_it_is_drawn(monkeypatch):
     made = []
     monkeypatch.setattr(Meter, "figures", lambda meter: made.append(meter.last.step) or [])
     display = LiveDisplay(100, Console(file=Terminal(), width=80, force_terminal=True))
-    display._progress.live.auto_refresh = False
+    display._live.auto_refresh = False
     display.begin(100)
     for step in range(1, 10):
         display.step(metrics(step))
     assert made == []
-    display._progress.refresh()
+    display._live.refresh()
     assert made == [9]
     display.finish()
 
 
 def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch):
-    ticks = itertools.count(step=1.5)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
-    assert "loading model  1.5 s" in text
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def loading(console: Console) -> None:
+        nonlocal now
+        display = LiveDisplay(2, console)
+        display.phase("loading model")
+        now += 1.5
+        a_run(display)
+        display.finish()
+
+    assert "loading model  1.5 s" in "\n".join(shown_on(80, loading))
 
 
 def test_live_display_shows_how_far_a_phase_is():
@@ -238,7 +245,7 @@ def test_live_display_shows_how_far_a_phase_is():
         display = LiveDisplay(2, console)
         display.phase("loading model")
         display.progress(3, 9, "tensors")
-        display._progress.refresh()  # rich draws four times a second, by its own clock
+        display._live.refresh()  # rich draws four times a second, by its own clock
         display.finish()
 
     assert "3/9 tensors" in "\n".join(shown_on(80, loading))

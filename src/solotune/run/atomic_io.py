@@ -9,9 +9,7 @@ A rename is on disk only after its folder was synced, and a file's bytes only af
 can be lost in a power cut, in any order. So every function syncs what a reader relies on before it returns.
 
 All use `fs_ops.py`, where operations can be counted, failed and recorded. safetensors' own writer would bypass it (and
-creates files of mode 0600), so tensors are converted to bytes first.
-
-Modes follow the umask. New files are created with O_EXCL, never through a symbolic link.
+creates mode 0600), so tensors become bytes first. Modes follow the umask; new files: O_EXCL, through no symbolic link.
 """
 
 from __future__ import annotations
@@ -222,15 +220,16 @@ def sweep(folder: Path) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line atomically: on an error, truncate back.
 
-    It is not synced here: `RunDirectory.metrics_offset` syncs the file before a checkpoint records its length.
+    It is not synced (`RunDirectory.metrics_offset` does so before a checkpoint records the length), but the file is
+    closed: only then a network file system shows the line elsewhere, or says that it is full.
 
     Raises:
         StorageError: disk full, read-only, quota.
     """
-    with storage_errors(path):
+    try:  # every step comes here, so `storage_errors` is entered only for an error
         handle = fs_ops.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
-            size = os.fstat(handle).st_size
+            size = os.lseek(handle, 0, os.SEEK_END)
             try:
                 fs_ops.write(handle, path, line.encode())
             except BaseException:
@@ -239,6 +238,9 @@ def append_line(path: Path, line: str) -> None:
                 raise
         finally:
             os.close(handle)
+    except OSError:
+        with storage_errors(path):
+            raise
 
 
 def sync(path: Path) -> None:
