@@ -89,7 +89,7 @@ JOB = "system.slice/slurmstepd.scope/job_7"
             Ram(8 * GIB, 5 * GIB, "memory.max"), id="outside of the namespace",
         ),
         pytest.param("", "", {"": (8 * GIB, 3 * GIB, 0)}, Ram(64 * GIB, 50 * GIB), id="no cgroups"),
-        pytest.param("? - \n\n", "?\n\n", {}, Ram(64 * GIB, 50 * GIB), id="lines of another form"),
+        pytest.param("? - \n\n3 2 0:1 / /a rw - cgroup\n", "?\n\n", {}, Ram(64 * GIB, 50 * GIB), id="lines of another form"),
     ],
 )  # fmt: skip
 def test_the_least_that_a_cgroup_up_to_the_root_leaves(mounts, own, groups, expected, system):

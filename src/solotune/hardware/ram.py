@@ -79,7 +79,7 @@ def _limits(system: Path) -> Iterator[Ram]:
 
 def _cgroups(system: Path) -> Iterator[tuple[_Hierarchy, Path]]:
     """The folder of this process's cgroup in each hierarchy with memory, and the folders above it."""
-    own = {}  # version: path of the cgroup
+    own: dict[_Hierarchy, str] = {}  # the path of the cgroup
     for line in _text(system / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -89,9 +89,10 @@ def _cgroups(system: Path) -> Iterator[tuple[_Hierarchy, Path]]:
             own[V2] = path
     for line in _text(system / "proc/self/mountinfo").splitlines():
         mount, _, kind = line.partition(" - ")
-        fields, (fstype, *options) = mount.split(), kind.split() or [""]
-        version = V2 if fstype == "cgroup2" else V1 if fstype == "cgroup" and "memory" in options[-1].split(",") else None
-        if version not in own or len(fields) < 5:
+        fields, kinds = mount.split(), kind.split()
+        is_v1 = kinds[:1] == ["cgroup"] and "memory" in kinds[-1].split(",")
+        version = V1 if is_v1 else V2 if kinds[:1] == ["cgroup2"] else None
+        if version is None or version not in own or len(fields) < 5:
             continue
         # a container may see its own cgroup as the root of the mount, under a path of the host
         path, top = PurePosixPath(own[version]), system / fields[4].lstrip("/")
