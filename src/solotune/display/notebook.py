@@ -83,8 +83,8 @@ class NotebookDisplay(PlainDisplay):
         super().begin(total_steps, done)
 
     def step(self, event: StepEvent) -> None:
-        super().step(event)
         self._bar = _Bar(event.step, event.total_steps, self.step_in_words)
+        super().step(event)
         self._update_if_due()
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
