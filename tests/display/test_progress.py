@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from solotune.dataset import DataReport
 from solotune.dataset.packing import account
 from solotune.display import progress
 from solotune.display.meter import Meter
+from solotune.display.observer import Resilient
 from solotune.display.progress import LiveDisplay, PlainDisplay, SilentDisplay, make_console, make_display
 from solotune.evaluation.compare import Evaluation, Sample
 from solotune.evaluation.scores import Score
@@ -178,6 +180,22 @@ def test_plain_display_prints_whole_lines_and_nothing_else():
 
 def test_a_long_line_stays_one_line_in_a_log():
     assert piped(lambda console: PlainDisplay(1, console).note("word " * 100)).count("\n") == 1
+
+
+def test_a_tab_in_a_log_takes_the_places_of_one():
+    assert (
+        piped(lambda console: PlainDisplay(1, console).note("a\tb\nlong word\tc")) == "a       b\nlong word       c\n"
+    )
+
+
+def test_a_closed_pipe_ends_the_display_alone_and_nothing_is_left_to_flush(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:  # whose buffer is flushed at its end
+        monkeypatch.setattr("sys.stdout", stream)
+        display = Resilient(PlainDisplay(1, make_console(stream)))
+        display.note("a line")
+        assert display.failure == "Broken pipe"
 
 
 def test_silent_display_has_every_method():

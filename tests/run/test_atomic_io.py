@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from solotune.errors import StorageError
 from solotune.run import atomic_io, fs_ops
 from solotune.run.manifest import Entry, check_folder
 
@@ -70,3 +74,33 @@ def test_nothing_stays_of_an_iterator_that_fails(error: BaseException, tmp_path:
         atomic_io.write_whole(tmp_path / "whole", failing())
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "manifest.json", "old"]
     assert (tmp_path / "old/file").read_bytes() == b"old"
+
+
+def test_of_a_line_that_does_not_fit_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel takes a part of the line and then says that the disk is full."""
+    path, take = tmp_path / "metrics.jsonl", os.write
+    atomic_io.append_line(path, "a line\n")
+
+    def full(handle: int, content: bytes) -> int:
+        if len(content) < 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return take(handle, content[:3])
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written") as error:
+        atomic_io.append_line(path, "another line\n")
+    monkeypatch.undo()
+    assert error.value.seen == "No space left on device" and path.read_text() == "a line\n"
+    atomic_io.append_line(path, "the next\n")
+    assert path.read_text() == "a line\nthe next\n"
+
+
+def test_a_line_goes_to_the_file_that_has_the_name_now(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for number in range(2):
+        folder.mkdir()
+        atomic_io.append_line(folder / "metrics.jsonl", f"{number}\n")
+        assert (folder / "metrics.jsonl").read_text() == f"{number}\n"
+        shutil.rmtree(folder)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
+        atomic_io.append_line(folder / "metrics.jsonl", "lost\n")

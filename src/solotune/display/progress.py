@@ -161,6 +161,12 @@ class PlainDisplay(SilentObserver):
         text = f"held-out {plus_minus(last.loss, last.stderr)} (step {last.step:,})"
         return text + (f", best {best.loss:.4f} (step {best.step:,})" if best is not last else "")
 
+    def step_in_words(self, columns: int | None = None) -> str:
+        """The last step, for a line that is updated. Made when it is drawn, not at each step."""
+        step = self.meter.last
+        figures = [f"{step.step:,}/{step.total_steps:,}"] if step else []
+        return _fitting([*figures, f"loss {self.meter.loss:.4f}", *self.meter.figures()], columns)
+
     def _at(self, step: int) -> str:
         total = f"{self._total_steps:,}"
         return f"step {step:>{len(total)},}/{total}  "
@@ -176,7 +182,7 @@ class PlainDisplay(SilentObserver):
     def _line(self, text: str, style: str = "") -> None:
         text = escape_terminal(text)
         if self.console.is_terminal:
-            self.console.print(_Line(text, style))
+            self.console.print(Text(text, style), crop=False)  # it wraps
             return
         try:  # as it is: there is nothing for rich to do, and it takes four times as long
             self.console.file.write(text.expandtabs() + "\n")
@@ -220,13 +226,7 @@ class LiveDisplay(PlainDisplay):
 
     def step(self, event: StepEvent) -> None:
         super().step(event)
-        self._bar = _Bar(event.step, event.total_steps, self._step_in_words)
-
-    def _step_in_words(self, columns: int) -> str:
-        """The last step; made when it is drawn, not at each step."""
-        step = self.meter.last
-        figures = [f"{step.step:,}/{step.total_steps:,}"] if step else []
-        return _fitting([*figures, f"loss {self.meter.loss:.4f}", *self.meter.figures()], columns)
+        self._bar = _Bar(event.step, event.total_steps, self.step_in_words)
 
     def finish(self) -> None:
         self._end_phase()
@@ -238,16 +238,15 @@ class LiveDisplay(PlainDisplay):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """What is drawn: the bar, which gets the width that its figures leave, and lines below, each cut at the right
         edge. Rich's own, a table of texts, takes 2.5 times as long."""
-        if self._bar is None:
+        bar, columns = self._bar, options.max_width
+        if bar is None:
             return
-        done, total, words = self._bar
-        columns = options.max_width
-        text = words(columns)
+        text = bar.figures(columns)
         figures = set_cell_size(text, min(cell_len(text), columns - MIN_BAR))
         width = columns - cell_len(figures) - 1
-        bar = ProgressBar(total, done, width, animation_time=time.monotonic())
-        bar.complete_style = bar.finished_style = "green"
-        parts = bar.__rich_console__(console, options)  # without colour only what is done
+        drawing = ProgressBar(bar.total, bar.done, width, animation_time=time.monotonic())
+        drawing.complete_style = drawing.finished_style = "green"
+        parts = drawing.__rich_console__(console, options)  # without colour only what is done
         drawn = [part for part in parts if isinstance(part, Segment)]
         yield from drawn
         yield Segment(" " * (width - sum(part.cell_length for part in drawn)) + f" {figures}")
@@ -279,20 +278,6 @@ class LiveDisplay(PlainDisplay):
         if name:
             self._line(f"{name}  {time.monotonic() - started:.1f} s", "dim")
         self._phase = ("", 0.0)
-
-
-class _Line(NamedTuple):
-    """Text of a terminal: as it is if it fits in a line, for which rich's own Text takes long, else as a Text."""
-
-    text: str
-    style: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if "\n" in self.text or "\t" in self.text or cell_len(self.text) > options.max_width:
-            yield Text(self.text, self.style)
-        else:
-            yield Segment(self.text, console.get_style(self.style))
-            yield Segment.line()
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:
