@@ -34,9 +34,6 @@ from tests.gpu.test_layer_ring import ON_GPU, PRECISIONS, assert_same_bits, hist
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")]
 DTYPE, SECONDS = torch.bfloat16, 400
-LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
-         "num_key_value_heads": 8}  # fmt: skip
-"""30 MiB a layer in 16 bits."""
 
 
 @pytest.fixture
@@ -45,6 +42,13 @@ def base(tmp_path: Path) -> str:
     save_tokenizer(tmp_path / "base")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
     return save_model(tmp_path / "base", num_hidden_layers=5)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with layers of 30 MiB in 16 bits."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8}
+    return save_model(tmp_path_factory.mktemp("large"), num_hidden_layers=16, **sizes)
 
 
 def started(size: int, command: list[str], folder: Path, **variables: str) -> list[subprocess.Popen[str]]:
@@ -75,9 +79,10 @@ def said(folder: Path) -> str:
 
 @pytest.mark.parametrize("segments", ["", "expandable_segments:True"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_same_bits_in_the_memory_of_a_part(precision: str, segments: str, base: str, tmp_path: Path) -> None:
+def test_the_same_bits_in_the_memory_of_a_part(
+    precision: str, segments: str, base: str, large: str, tmp_path: Path
+) -> None:
     more = {"PYTORCH_CUDA_ALLOC_CONF": segments} if segments else {}
-    large = save_model(tmp_path / "large", **LARGE)
     ranks = started(2, ["-m", "tests.gpu.test_base_sharding", base, large, precision], tmp_path, **more)
     assert codes_of(ranks) == [0, 0], said(tmp_path)
 

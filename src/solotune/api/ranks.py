@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import RunConfig
-from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError
+from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError, resume_command
 from solotune.runtime.heartbeat import Departure, RankLost, rank_error
 from solotune.runtime.signals import StopRequested
 from solotune.runtime.world import World
@@ -208,14 +208,19 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])
 
 
-def raise_if_lost(world: World, config: RunConfig, saved: str | None, change: str) -> None:
+def raise_if_lost(world: World, config: RunConfig, run: Path | None = None, checkpoint: Path | None = None) -> None:
     """After an error of the GPU: with a shared base it may come from the memory of a rank that has died.
 
+    Args:
+        run: directory of a run that can be resumed.
+        checkpoint: the newest in it.
+
     Raises:
-        RankError: one has; see `rank_error`.
+        RankError: a rank is lost.
     """
     if config.base_sharding is not False and (lost := world.lost_rank()) is not None:
-        raise rank_error(lost, saved, change)
+        saved = f"the last checkpoint is {checkpoint}" if checkpoint else None
+        raise rank_error(lost, saved, f"continue with: {resume_command(run)}" if run else "start all ranks again")
 
 
 def departure_of(error: BaseException) -> Departure:
