@@ -35,14 +35,7 @@ from bench.recipe_step import RECIPE, write_full_rows
 NUM_WARM_UP = 2
 SIZE, SMALLER = 0.02, 0.002  # standard deviations, as of GPT-2: layers write little into the residual stream, or else
 INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")  # a deep random model multiplies each rounding error
-COMMON = (
-    "validation_size=0",
-    "save_strategy=no",
-    "lora_dropout=0",
-    "logging_steps=1",
-    "num_samples=0",
-    "allow_faults=[F04]",
-)
+COMMON = ("validation_size=0", "save_strategy=no", "lora_dropout=0", "logging_steps=1", "num_samples=0")
 
 
 class Case(NamedTuple):

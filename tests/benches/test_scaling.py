@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tiny import save_tokenizer
 
 from bench import plan_cases, scaling
 from solotune.model import loading
@@ -14,8 +15,7 @@ TINY = plan_cases._llama(64, 128, 2, 4, 2, 512, True)
 
 def test_a_checkpoint_has_names_and_shapes_and_takes_no_disk(tmp_path, monkeypatch):
     monkeypatch.setitem(plan_cases.MODELS, "tiny", TINY)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    save_tokenizer(tmp_path / "tokenizer")
     scaling.make_checkpoint(tmp_path / "made", "tiny", tmp_path / "tokenizer")
     path = tmp_path / "made" / "model.safetensors"
     header = read_header(path)
