@@ -378,10 +378,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> SimpleNa
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{packages}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-X", "importtime", "-m", "solotune", "train", "run.yaml", "--json"]
     done = subprocess.run(command, cwd=here, env=environment, text=True, stdin=subprocess.DEVNULL, capture_output=True)
-    assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     said = "\n".join(line for line in lines if not line.startswith("import time:"))
+    assert done.returncode == 0, said[-3000:]
     return SimpleNamespace(here=here, packages=packages, out=done.stdout, said=said, imported=imported)
 
 
