@@ -14,7 +14,7 @@ sys.modules["kernels"] = None  # type: ignore[assignment] - an import of it then
 try:
     from bitsandbytes import functional, optim
 finally:
-    del sys.modules["kernels"]
+    sys.modules.pop("kernels", None)
     sys.modules.update(_kernels)
 
 __all__ = ["functional", "optim"]
