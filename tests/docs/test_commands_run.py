@@ -148,7 +148,7 @@ WITH_BLOCKS = [
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_says_works(page: Path, at_work, short_experiments, monkeypatch):
+def test_what_a_page_says_works(page: Path, at_work, short_experiments, in_this_process, monkeypatch):
     monkeypatch.setattr(main_module, "quieten", lambda: None)  # would silence libraries in the tests that follow
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     monkeypatch.setattr(LiveServer, "wait", lambda server: None)  # Ctrl-C at once

@@ -134,7 +134,7 @@ MUTANTS = [
            "False:", at("output", "test_places_that_are_refused[72 below the base model]")),
     Mutant("the working directory's modules", "__main__.py", "        del sys.path[0]\n", "        pass\n",
            at("hostile", "test_python_files_in_the_working_directory_are_not_imported")),
-    Mutant("kernels of bitsandbytes", "hardware/bnb.py", '_absent = "kernels" not in sys.modules', "_absent = False",
+    Mutant("kernels of bitsandbytes", "hardware/bnb.py", 'sys.modules["kernels"] = None', 'sys.modules.get("kernels")',
            at("hostile", "test_bitsandbytes_is_imported_without_fetching_kernels")),
     Mutant("versions with holes", "hardware/doctor.py", "            *_check_floors(),\n", "",
            "tests/hardware/test_doctor.py::test_versions_with_known_holes_fail"),
