@@ -113,7 +113,7 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
     }
     peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
     moment, activations, logits = peak.name, peak.activations, peak.logits
-    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card, work.has_one_shape))
+    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card))
     sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
     paged = optimizer[1]
     if is_cpu:
@@ -349,10 +349,10 @@ def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
     return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)
 
 
-def _library_bytes(card: Card, has_graphs: bool) -> int:
-    """Bytes of cuBLAS's workspaces: for the forward thread, the backward thread, and the recorded stream."""
+def _library_bytes(card: Card) -> int:
+    """Bytes of cuBLAS's workspaces: for the forward and the backward thread; recorded passes have them instead."""
     major = (card.compute_capability or (0, 0))[0]
-    return (2 + has_graphs) * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
+    return 2 * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
 
 
 def _rounded(size: float) -> int:
