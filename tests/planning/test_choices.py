@@ -223,17 +223,7 @@ def test_the_host_memory_has_one_bandwidth_for_all_cards():
 
 def test_what_a_plan_of_ranks_shows():
     plan = planned_on(4, **SMALL)
-    assert plan.times() == snapshot(
-        {
-            "load": "0:07",
-            "first step": "0:13",
-            "step": "1.33 s, 49,359 tokens/s on 4 GPUs, 12,340 tokens/s on each (predicted)",
-            "rows a step": "128 (16 x 2 on each of 4 GPUs)",
-            "all-reduce": "0.4 ms a step, over NVLink, 310 GB/s (predicted)",
-            "sharding": "9.8 GiB of layers from the other GPUs in each pass, at 374 GB/s",
-            "link": "55.0 GB/s from host memory to the card, as such cards have; solotune doctor measures it",
-        }
-    )
+    assert plan.times() == snapshot()
     found = plan.to_json()["ranks"]
     assert found == {
         "size": 4,
@@ -248,7 +238,18 @@ def test_what_a_plan_of_ranks_shows():
         "host_bytes_of_all": 4 * plan.option.footprint.host_bytes,
     }
     assert plan.ranks.rows_per_step == 128
-    assert "ranks" not in planned_on(1).to_json() and "rows a step" not in planned_on(1).times()
+    assert "ranks" not in planned_on(1).to_json() and "each GPU" not in planned_on(1).times()
+
+
+def test_what_all_gpus_of_a_machine_give_beside_one():
+    both, alone = planned_on(2), planned_on(1)
+    rate = f"{both.option.seconds.tokens_per_second:,.0f} tokens/s (predicted): torchrun ..."
+    assert both.compared_with(alone, "torchrun ...") == [f"on the 2 GPUs of this machine: 2.00 times as fast, {rate}"]
+    large = {**SMALL, "base_offload": False, "activation_offload": False, "memory_budget": "9GiB"}
+    (note,) = planned_on(4, **large).compared_with(planned_on(1, **large), "torchrun ...")
+    assert note.startswith("on the 4 GPUs of this machine: it fits there, ")
+    nothing = planned_on(2, **large, base_sharding=False)
+    assert nothing.compared_with(alone, "torchrun ...") == []
 
 
 def test_the_network_between_machines_is_not_known():
