@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks
-from tiny import metrics_of, save_tokenizer
+from tiny import metrics_of, save_model, save_tokenizer
 
 import solotune
 from solotune.api import ranks
 from solotune.cli.main import main
 from solotune.config.load import load_config
-from solotune.errors import IntegrityError
+from solotune.errors import InputError, IntegrityError
+from solotune.model import layers
+from solotune.model.layer_ring import LayerRing
+from solotune.model.sharded_blocks import ShardedBlock, SharedBase
 from solotune.run.run_dir import RunDirectory
 from solotune.runtime.world import ALONE, World
 
@@ -49,6 +53,25 @@ def keys(chat_config, tmp_path: Path) -> dict[str, Any]:
             "eval_steps": 10, "num_samples": 0}  # fmt: skip
 
 
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[int, int]]]:
+    """The ranks that have shared a base to the end, and the bytes of each; its layers take turns in a ring of one."""
+    close = SharedBase.close
+
+    def noted(shared: SharedBase) -> None:
+        close(shared)
+        num_bytes = sum(block.num_bytes_on_device for block in shared._blocks)
+        (tmp_path / f"part-{shared.world.rank}").write_text(str(num_bytes))
+
+    monkeypatch.setattr(SharedBase, "close", noted)
+    monkeypatch.setattr(layers, "LayerRing", partial(LayerRing, slots=1))
+    return lambda: [(rank, int(path.read_text())) for rank, path in enumerate(sorted(tmp_path.glob("part-*")))]
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(path.read_text()).items() if "second" not in name}
+
+
 def train_as(size: int, keys: dict[str, Any], folder: Path, *more: str) -> Ranks:
     lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
     (folder / "run.yaml").write_text("".join(lines))
@@ -62,8 +85,11 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
 STEP = ("loss", "token_accuracy", "total_weight", "num_supervised", "num_tokens", "epoch", "learning_rate")
 
 
-def test_two_ranks_are_one_with_twice_the_rows(keys, tmp_path: Path) -> None:
-    """Packing, weights, accumulation, short last steps of epochs, evaluations; then resumed, bit for bit."""
+def test_two_ranks_are_one_with_twice_the_rows(keys, parts, tmp_path: Path) -> None:
+    """Packing, weights, accumulation, short last steps of epochs, evaluations; then resumed, bit for bit.
+
+    The resumed run has its base in parts on both ranks.
+    """
     keys |= {"packing": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
     solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 2})
     ranks = train_as(2, keys, tmp_path)
@@ -78,9 +104,13 @@ def test_two_ranks_are_one_with_twice_the_rows(keys, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["world_size"] == 2
 
     whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert parts() == []
+    compared = without_times(tmp_path / "run" / "evaluation.json")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000020")
-    ranks = train_as(2, keys, tmp_path, "--resume")
+    ranks = train_as(2, keys, tmp_path, "--resume", "base_sharding=true")
     assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert [rank for rank, _ in parts()] == [0, 1] and len({num_bytes for _, num_bytes in parts()}) == 1
+    assert without_times(tmp_path / "run" / "evaluation.json") == compared
     assert [(one["step"], one["exact"]) for one in events_of(tmp_path / "run", "resume")] == [(10, True)]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
@@ -114,6 +144,12 @@ def test_a_rank_that_is_killed_ends_the_run_and_what_is_done_is_saved(keys, tmp_
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
 
 
+def test_one_rank_has_nobody_to_share_a_base_with(keys, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="base_sharding: a base is split over the GPUs of one machine"):
+        solotune.train({**keys, "base_sharding": True, "dataset": "not read.jsonl"})
+    assert not (tmp_path / "run").exists()
+
+
 def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
     until = time.monotonic() + seconds
     while not is_true():
@@ -136,6 +172,50 @@ def test_four_ranks_in_six_families(keys, family: str, model_folder, tmp_path: P
     assert ranks.ends() == [0] * 4, ranks.said(0)
     found, wanted = (events_of(tmp_path / name, "step") for name in ("run", "alone"))
     assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in wanted], rel=1e-6)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("size", "precision"), [(2, "nf4"), (3, "nf4"), (3, "fp8"), (5, "bf16")])
+def test_a_base_in_parts_gives_the_same_bits(keys, parts, size: int, precision: str, tmp_path: Path) -> None:
+    """Blocks that do not divide; layers checkpointed, with dropout, answers and the best adapter kept."""
+    save_tokenizer(tmp_path / "deep")
+    base = save_model(tmp_path / "deep", num_hidden_layers=4, intermediate_size=104)
+    keys |= {"model_name_or_path": base, "base_precision": precision, "max_steps": 6, "eval_steps": 2, "save_steps": 2,
+             "num_samples": 2, "max_new_tokens": 4, "lora_dropout": 0.1, "gradient_checkpointing": 2,
+             "load_best_model_at_end": True, "bf16": True, "per_device_train_batch_size": 1}  # fmt: skip
+    found = []
+    for name, more in (("whole", []), ("parts", ["base_sharding=true"])):
+        ranks = train_as(size, keys, tmp_path, f"output_dir={name}", *more)
+        assert ranks.ends() == [0] * size, ranks.said(0) + ranks.said(1)
+        steps = [[event[key] for key in (*STEP, "grad_norm")] for event in events_of(tmp_path / name, "step")]
+        adapter = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        found.append((steps, adapter, without_times(tmp_path / name / "evaluation.json")))
+    assert found[0] == found[1] and len(found[0][0]) == 6
+    assert [rank for rank, _ in parts()] == list(range(size))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("when", ["a step", "the end"])
+def test_a_rank_that_is_killed_with_a_base_in_parts_is_named(keys, when: str, tmp_path: Path, monkeypatch) -> None:
+    """Its memory is gone with it, which the card of the other one calls an error of its own."""
+    copy_into = ShardedBlock.copy_into
+
+    def copies(block: ShardedBlock, slot: torch.Tensor) -> None:
+        if Path("killed").exists():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        copy_into(block, slot)
+
+    monkeypatch.setattr(ShardedBlock, "copy_into", copies)
+    monkeypatch.setattr(layers, "LayerRing", partial(LayerRing, slots=1))
+    keys |= {"max_steps": 6 if when == "the end" else 3000, "save_steps": 3000, "eval_steps": 3000, "num_samples": 8,
+             "max_new_tokens": 90, "base_sharding": True}  # fmt: skip
+    ranks, run = train_as(2, keys, tmp_path), RunDirectory(tmp_path / "run")
+    wait_for(lambda: run.adapter.is_dir() if when == "the end" else len(events_of(run.path, "step")) > 3)
+    (tmp_path / "killed").touch()
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.ends(60) == [137, -9], ranks.said(0)
+    assert f"rank 1 (process {ranks.pids[1]} on " in ranks.said(0) and "has died" in ranks.said(0)
+    assert not (run.path / "evaluation.json").exists()
 
 
 @pytest.mark.ranks

@@ -116,7 +116,7 @@ def test_every_layer_in_host_memory_is_looked_at_before_a_save_under_its_own_nam
         slot.fill_(0xFF)  # NaN: memory that nothing was copied into yet
     model.ring.forget()
     assert nonfinite.nonfinite_tensors(model, optimizer) == []
-    model.ring._hosts[3].fill_(0xFF)
+    model.ring._blocks[3].host.fill_(0xFF)
     found = nonfinite.nonfinite_tensors(model, optimizer)
     assert found and all(name.startswith("frozen model.layers.3.") for name in found)
 

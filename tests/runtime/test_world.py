@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from ranks import free_port
 
 from solotune.errors import InputError
 from solotune.runtime import world as worlds
+from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.world import ALONE, World, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
@@ -63,6 +65,24 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     ALONE.disconnect()
     with ALONE.one_after_another():
         ALONE.leave({"how": "finished"})
+
+
+def test_the_machines_of_a_world() -> None:
+    ranks = [Peer(rank, 1, host, "") for rank, host in enumerate("abab")]
+    world = World(1, 4, peers=[*ranks[2:], ranks[0]], _own=ranks[1])
+    assert (world.machines, world.local_ranks) == ([[0, 2], [1, 3]], [1, 3])
+    assert (ALONE.machines, ALONE.local_ranks) == ([[0]], [0])
+
+
+def test_a_rank_that_is_lost_is_found_while_there_may_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "FIND_SECONDS", 0.2)
+    assert ALONE.lost_rank() is None
+    found = [None, RankLost(Lost("rank 1 has died", 137, 1))]
+    beats = Heartbeat(SimpleNamespace(set=lambda *_: None), 0, [])
+    monkeypatch.setattr(beats, "look", lambda: found.pop(0) if found else None)
+    world = World(0, 2, _heartbeat=beats)
+    assert world.lost_rank() == Lost("rank 1 has died", 137, 1)
+    assert world.lost_rank() is None
 
 
 def test_a_port_that_is_taken_says_what_to_change() -> None:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import RunConfig
-from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError
-from solotune.runtime.heartbeat import Departure, RankLost
+from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError, resume_command
+from solotune.runtime.heartbeat import Departure, RankLost, rank_error
 from solotune.runtime.signals import StopRequested
 from solotune.runtime.world import World
 from solotune.units import first_line
@@ -206,6 +206,21 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
     tensors = load(world.broadcast_bytes(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
     of = {part: {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(part)} for part in parts}
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])
+
+
+def raise_if_lost(world: World, config: RunConfig, run: Path | None = None, checkpoint: Path | None = None) -> None:
+    """After an error of the GPU: with a shared base it may come from the memory of a rank that has died.
+
+    Args:
+        run: directory of a run that can be resumed.
+        checkpoint: the newest in it.
+
+    Raises:
+        RankError: a rank is lost.
+    """
+    if config.base_sharding is not False and (lost := world.lost_rank()) is not None:
+        saved = f"the last checkpoint is {checkpoint}" if checkpoint else None
+        raise rank_error(lost, saved, f"continue with: {resume_command(run)}" if run else "start all ranks again")
 
 
 def departure_of(error: BaseException) -> Departure:

@@ -195,7 +195,8 @@ def load_model(
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
+    model = trained_run.load_base(config, machine, model_files, display.progress, world)
+    folder = _folder_of(config.output_dir)
     if not world.is_owner:
         return model
     previous = resuming.continued(config.output_dir) if resume else None

@@ -24,7 +24,7 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.display.notebook import showing
 from solotune.display.observer import Observers, Resilient, RunObserver, SilentObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
-from solotune.errors import InterruptedRunError, RankError, RunNote, SolotuneError, program
+from solotune.errors import DeviceError, InterruptedRunError, RankError, RunNote, SolotuneError, program
 from solotune.result_repr import ResultRepr, Table
 from solotune.run.atomic_io import LogFile, append_line, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
@@ -157,10 +157,13 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     from solotune.api import setup
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
+    from solotune.model.sharded_blocks import require_ranks
     from solotune.training import resume as resuming
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
+    if config.base_sharding is True:
+        require_ranks(world)
     checked, machine, choices = trained_run.resolve_for_machine(config)
     checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     machine = machine.shared_by(len(world.local_ranks))
@@ -198,7 +201,11 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
     if resume:
         config = ranks.run_to_continue(world, config)
         user_display.note(which_run(config))
-    ready = prepare_run(config, resume, user_display, world)
+    try:
+        ready = prepare_run(config, resume, user_display, world)
+    except DeviceError:
+        ranks.raise_if_lost(world, config)
+        raise
     run_fingerprints = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
     ranks.require_same_run(world, run_fingerprints)
     if world.is_owner:
@@ -238,8 +245,7 @@ def _lead(
             )
             world.disconnect()
             _write_adapter(run, ready)
-
-        evaluation = _evaluate(run, ready, tuned_score, display) if rows.validation else None
+        evaluation = _evaluate(run, ready, tuned_score, display)
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
@@ -257,7 +263,8 @@ def _lead(
         raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
-        if failure := device_failure(error, config.memory, run.path, checkpoint.newest(run.checkpoints)):
+        if failure := device_failure(error, config.memory, run.path, saved := checkpoint.newest(run.checkpoints)):
+            ranks.raise_if_lost(world, config, run.path, saved)
             seen = None if failure.seen is None else str(failure.seen)
             Observers(RunLog(run), user_display).failed(DeviceFailedEvent(failure.problem, seen))
             raise failure from error
@@ -283,8 +290,11 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
         with signals.defer_signals():
             loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
             world.disconnect()
+        if ready.model.shared is not None:
+            ready.model.shared.close()  # rank 0 reads this rank's part until it has compared base and tuned
     except Exception as error:
         if failure := device_failure(error, config.memory, run.path):
+            ranks.raise_if_lost(world, config, run.path)
             raise failure from error
         raise
     return TrainResult(run.path, setup.summary(ready), ready.choices, None)
@@ -295,11 +305,18 @@ def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
     return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
-def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
-    display.phase("comparing base and tuned on held-out rows")
-    settings = ready.config.evaluation
-    result = compare(ready.model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
-    run.write_json("evaluation.json", result.to_json())
+def _evaluate(
+    run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver
+) -> Evaluation | None:
+    """Compare base and tuned, if there are held-out rows; the last that reads the base."""
+    model, settings, result = ready.model, ready.config.evaluation, None
+    if ready.prepared.validation:
+        display.phase("comparing base and tuned on held-out rows")
+        result = compare(model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
+    if model.shared is not None:
+        model.shared.close()  # the others are still there, so what was computed was computed with their parts
+    if result is not None:
+        run.write_json("evaluation.json", result.to_json())
     return result
 
 

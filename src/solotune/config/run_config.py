@@ -121,7 +121,7 @@ class RunConfig(BaseModel):
     base_offload: Literal["auto"] | bool | PositiveInt = _in("model", default="auto")
     """Keep frozen layers in host memory (RAM) and stream them: true (all), false, N of them, or auto (if needed)."""
     base_sharding: Literal["auto"] | bool = _in("model", default="auto")
-    """Split the frozen layers over the GPUs of one machine (under torchrun): true, false, or auto (the plan decides)."""
+    """Split the frozen layers over the GPUs of one machine (torchrun): true, false, or auto (the plan decides)."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
@@ -474,14 +474,15 @@ class RunConfig(BaseModel):
 
     @property
     def memory(self) -> MemorySettings:
+        is_shared = self.base_sharding is True
         return MemorySettings(
             memory_budget=self.memory_budget,
             base_precision=self.base_precision,
             matmul_precision=self.matmul_precision,
             multiplies_in_fp8=self.multiplies_in_fp8,
             double_quant=self.bnb_4bit_use_double_quant,
-            base_residency=self.base_residency,
-            base_offload=False if self.base_sharding is True else self.base_offload,  # not both
+            base_residency="quantized" if is_shared else self.base_residency,  # `auto` has no choice then
+            base_offload=False if is_shared else self.base_offload,
             base_sharding=self.base_sharding,
             gradient_checkpointing=self.gradient_checkpointing,
             activation_offload=self.activation_offload,

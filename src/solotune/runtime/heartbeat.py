@@ -142,6 +142,14 @@ class Heartbeat:
         """Read the others' states now; why this rank has to stop, None if it may go on."""
         return self._look(0.0)
 
+    def look_for(self, seconds: float) -> StopRequested | None:
+        """The same, looking until there is a reason, or for so long."""
+        stop, until = None, time.monotonic() + seconds
+        while stop is None and time.monotonic() < until:
+            time.sleep(0.05)
+            stop = self.look()
+        return stop
+
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
         """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
         with contextlib.suppress(RuntimeError):

@@ -117,10 +117,15 @@ class World:
         return self.rank == 0
 
     @property
+    def machines(self) -> list[list[int]]:
+        """The ranks of each machine, in order."""
+        hosts = {peer.rank: peer.host for peer in self.peers} | {self.rank: self._own.host if self._own else ""}
+        return [[rank for rank in sorted(hosts) if hosts[rank] == host] for host in dict.fromkeys(hosts.values())]
+
+    @property
     def local_ranks(self) -> list[int]:
         """The ranks on this machine, in order."""
-        host = self._own.host if self._own else ""
-        return sorted([self.rank, *(peer.rank for peer in self.peers if peer.host == host)])
+        return next(ranks for ranks in self.machines if self.rank in ranks)
 
     # --- meeting and leaving
 
@@ -172,6 +177,11 @@ class World:
                 time.sleep(0.1)
         beats.stop()
         self._heartbeat = None
+
+    def lost_rank(self) -> Lost | None:
+        """The rank whose loss may be behind an error of the device; waits until the heartbeat can know of it."""
+        stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
+        return stop.lost if isinstance(stop, RankLost) else None
 
     def why(self, stop: StopRequested) -> StopRequested:
         """The reason behind a stop: torchrun sends SIGTERM to all ranks when one has died or failed."""
@@ -341,11 +351,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            stop: StopRequested | None = None
-            until = time.monotonic() + FIND_SECONDS
-            while stop is None and time.monotonic() < until and self._heartbeat is not None:
-                time.sleep(0.05)
-                stop = self._heartbeat.look()
+            stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
             if stop is None:
                 problem = "a transfer between the ranks failed"
                 stop = RankLost(Lost(problem, KILLED, seen=first_line(error), change="check the network between them"))

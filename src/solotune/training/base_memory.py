@@ -95,7 +95,7 @@ def settle_offload(config: RunConfig, machine: Machine, model_files: ModelFiles)
         if config.base_offload in ("auto", False):
             return config, []
         return config, [Choice("base_offload", config.base_offload, "it saves nothing: on a CPU there is one memory")]
-    if config.base_offload is False or config.base_precision == "auto":
+    if config.base_offload is False or config.base_sharding is True or config.base_precision == "auto":
         return config, []
     size, choices = BaseSize.of(config, model_files), list[Choice]()
     depth, wanted = len(size.layers), config.base_offload

@@ -360,7 +360,8 @@ class _Saves:
         """Write the checkpoint of a step, on rank 0.
 
         Args:
-            is_alone: other ranks are not asked whether they have the same adapters: they may be gone.
+            is_alone: other ranks are not asked whether they have the same adapters: they may be gone, and with them
+                their parts of a shared base.
 
         Raises:
             NonFiniteError: what would be saved is not finite; no checkpoint is written.
@@ -371,7 +372,8 @@ class _Saves:
         if not self.world.is_owner:
             self.newest = step
             return
-        if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):
+        reads_frozen = not is_alone or self.model.shared is None
+        if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer, reads_frozen):
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(
                 f"step {step}: values are not finite after the update; no checkpoint was saved", seen=", ".join(problem)

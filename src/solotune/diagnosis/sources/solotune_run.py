@@ -168,7 +168,8 @@ def live_of(
         from solotune.model.adapter import adapter_tensors
         from solotune.training.trained_run import resolve_for_machine
 
-        again = config.replaced("diagnosis", torch_compile=False, base_offload="auto")  # for the memory of this machine
+        for_this_machine = {"base_offload": "auto", "base_sharding": False}
+        again = config.replaced("diagnosis", torch_compile=False, **for_this_machine)
         resolved, machine, _ = resolve_for_machine(again)
         tensors = adapter_tensors(adapter) if adapter is not None else None
         return load_live_model(resolved, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)
