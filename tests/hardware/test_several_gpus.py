@@ -26,7 +26,7 @@ def cards(monkeypatch) -> dict:
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda one, other: found["reach"](one, other))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: found["nccl"])
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 27, 5))
     return found
 
 

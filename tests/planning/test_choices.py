@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from inline_snapshot import snapshot
@@ -124,8 +125,13 @@ def test_inputs_from_the_host_and_weights_from_other_cards_do_not_share_a_link()
 
 # --- choices
 
-SMALL = {"base_precision": "bf16", "memory_budget": "8GiB", "gradient_checkpointing": True, "max_length": 512}
-ROWS = {"per_device_train_batch_size": 4}
+SMALL: dict[str, Any] = {
+    "base_precision": "bf16",
+    "memory_budget": "8GiB",
+    "gradient_checkpointing": True,
+    "max_length": 512,
+}
+ROWS: dict[str, Any] = {"per_device_train_batch_size": 4}
 
 
 def test_a_base_that_fits_is_on_each_card():
