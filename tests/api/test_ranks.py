@@ -21,12 +21,15 @@ from ranks import Ranks
 from tiny import metrics_of, save_model, save_tokenizer
 
 import solotune
+from solotune.api import ranks
 from solotune.cli.main import main
+from solotune.config.load import load_config
 from solotune.errors import InputError, IntegrityError
 from solotune.model import layers
 from solotune.model.layer_ring import LayerRing
 from solotune.model.sharded_blocks import ShardedBlock, SharedBase
 from solotune.run.run_dir import RunDirectory
+from solotune.runtime.world import ALONE, World
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -266,3 +269,18 @@ def test_torchrun_starts_a_killed_run_again_from_its_checkpoint(keys, tmp_path: 
         assert agent.wait(200) == 0
     assert len(events_of(tmp_path / "run", "resume")) == 1
     assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 401))
+
+
+def test_a_run_on_one_of_several_gpus_is_told_the_line_for_all(monkeypatch) -> None:
+    found = load_config({"model_name_or_path": "m", "dataset": "d"})
+    given = Path("my runs/run.yaml"), ["learning_rate=1e-4"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert ranks.note_of_other_gpus(ALONE, found, *given, True) == (
+        "this machine has 4 GPUs, and this run uses one of them. On all of them: torchrun --standalone "
+        "--nproc-per-node=4 -m solotune train 'my runs/run.yaml' learning_rate=1e-4 --resume"
+    )
+    assert "-m solotune train CONFIG" in str(ranks.note_of_other_gpus(ALONE, found, {}, {}, False))
+    assert ranks.note_of_other_gpus(World(size=4), found, *given, False) is None
+    assert ranks.note_of_other_gpus(ALONE, found.replaced("test", use_cpu=True), *given, False) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert ranks.note_of_other_gpus(ALONE, found, *given, False) is None

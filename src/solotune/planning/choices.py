@@ -21,7 +21,7 @@ def chosen_values(config: RunConfig, knobs: MemoryStrategy, depth: int) -> dict[
         values["gradient_checkpointing"] = _number_of_layers(knobs.num_checkpointed, depth)
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
         values["base_residency"] = "dequantized" if knobs.has_dequantized_copy else "quantized"
-    if settings.base_offload == "auto":
+    if config.base_offload == "auto":
         values["base_offload"] = _number_of_layers(knobs.num_streamed, depth)
     if settings.base_sharding == "auto" and config.ranks > 1:
         values["base_sharding"] = knobs.num_shards > 1

@@ -50,7 +50,8 @@ DUPLEX_SHARE = 0.89  # of the link's rate that each direction has while both cop
 
 # --- several ranks
 HOP_SECONDS = 6e-6  # of each of the 2 (N - 1) sends of an all-reduce in a ring of N: a guess
-ALL_REDUCE_SECONDS = 1e-4  # from the end of backward to the start of the update: the launch, and the loop that waits
+ALL_REDUCE_SECONDS = 1.3e-4  # of each: 0.03 ms beside the sends (two H200), and the loop that asks whether it is done
+SHARE_BESIDE_PEER_COPIES = 0.87  # speed of matrix products while the card copies from another one's memory (two H200)
 GLOO_BYTES_PER_SECOND = 1e9  # over loopback, each CPU rank: a guess
 
 # --- once per run

@@ -146,11 +146,11 @@ class Plan(ResultRepr):
         (size, _, (rows, accumulation)), took, card = self.ranks, self.option.seconds, self.card
         if size == 1:
             return {}
-        all_of_them, alone = f"{size} {'ranks' if card.is_cpu else 'GPUs'}", took.tokens_per_second / size
-        speed = f"{format_rate(took.tokens_per_second)} on {all_of_them}, {format_rate(alone)} on each"
+        one, rate = "rank" if card.is_cpu else "GPU", format_rate(took.tokens_per_second)
         facts = {
-            "step": f"{format_step_time(took.step)}, {speed} (predicted)",
-            "rows a step": f"{self.ranks.rows_per_step:,} ({rows} x {accumulation} on each of {all_of_them})",
+            "step": f"{format_step_time(took.step)}, {rate} on {size} {one}s (predicted)",
+            f"each {one}": f"{format_rate(took.tokens_per_second / size)}, {rows} x {accumulation} "
+            f"of the {self.ranks.rows_per_step:,} rows of a step",
         }
         way = "gloo" if card.is_cpu else f"{card.peer_link}, {card.all_reduce_bytes / 1e9:.0f} GB/s"
         facts["all-reduce"] = f"{1e3 * took.communication:.1f} ms a step, over {way} (predicted)"

@@ -76,7 +76,8 @@ def make_plan(
 
     option, resolved, fits = best(config, work)
     remarks, sizes = list[str](), list[Choice]()
-    if fits and (larger := larger_micro_batch(config, option, work, best, workloads)):
+    same_place = config.replaced("plan", base_sharding=True) if option.knobs.num_shards > 1 else config
+    if fits and (larger := larger_micro_batch(same_place, option, work, best, workloads)):
         if config.memory.micro_batch_is_open:
             sizes = larger.choices(option)
             option, resolved, work = larger

@@ -120,6 +120,8 @@ def _passes(
     for number in passing_layers(shape, knobs):
         size = sum(stored_bytes(shape, number, knobs))
         weights[number] = pace.gathering(size, knobs.num_shards) if is_sharded else size / pace.link
+    if is_sharded:
+        forwards, backwards = (_beside_peer_copies(one, weights) for one in (forwards, backwards))
     inputs = [0.0] * len(shape.layers)
     if knobs.is_offloaded:  # all but the last one's
         for number in range(knobs.num_checkpointed - 1):
@@ -132,6 +134,12 @@ def _passes(
         rows_read = shape.hidden_size * positions if shape.embedding_parameters else 0.0
         total += shape.dtype_bytes * rows_read / pace.link
     return total
+
+
+def _beside_peer_copies(compute: list[float], copies: list[float]) -> list[float]:
+    """Seconds of the layers that compute while another one's weights are copied from other cards."""
+    slower = 1 / known.SHARE_BESIDE_PEER_COPIES - 1
+    return [own + slower * min(own, copy) for own, copy in zip(compute, copies, strict=True)]
 
 
 def streaming(
