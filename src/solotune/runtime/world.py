@@ -141,7 +141,6 @@ class World:
         found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-        self.all_gather(None)  # all have written their first state
         self._heartbeat.start()
 
     def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -318,12 +317,15 @@ class World:
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
         """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
-        assert self._heartbeat is not None
-        self._heartbeat.may_end_process = True
+        beats = self._heartbeat
+        before = beats is not None and beats.may_end_process
+        if beats is not None:
+            beats.may_end_process = True
         try:
             yield
         finally:
-            self._heartbeat.may_end_process = False
+            if beats is not None:
+                beats.may_end_process = before
 
     def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
         """Ask until it is done.
@@ -337,9 +339,13 @@ class World:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn an error of a transfer into its reason: the rank that is lost."""
+        """Turn an error of a transfer into its reason: the rank that is lost.
+
+        A store in a stopped rank 0 answers in no time. The others have nothing to save, so they may end where they wait.
+        """
         try:
-            yield
+            with contextlib.nullcontext() if self.is_owner else self._blocking():
+                yield
         except RuntimeError as error:
             stop: StopRequested | None = None
             until = time.monotonic() + FIND_SECONDS
