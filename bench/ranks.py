@@ -13,10 +13,11 @@ What must hold
 --------------
 All ranks end in 60 s after the signal. A rank that is killed or stopped is named with its number. No file is
 half-written: checkpoints and the adapter are as their manifests say, and so is the whole run after the resume
-(`verify`). The resumed run computes what one that was not hit does, bit for bit: adapter, losses, gradient norms, evaluations,
-comparison with the base.
+(`verify`). The resumed run computes what one that was not hit does, bit for bit: adapter, losses, gradient norms,
+evaluations, comparison with the base.
 
-Limits of the run are shorter here, so that it takes minutes: see `LIMITS`. With --real-limits they are not.
+A rank that is stopped is waited for 3 s here in place of 20, one that has not met the others 20 in place of 300. With
+--real-limits, and under torchrun, the limits are those of any run.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.ranks_run import Launched, differences, figures_of, load_all, prepare
+from solotune.runtime import heartbeat, world
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
 JITTER_SECONDS = 0.3
 END_SECONDS = 60.0
-LIMITS = {"heartbeat.STOPPED_SECONDS": 3.0, "world.JOIN_SECONDS": 20.0}
+STOPPED_SECONDS, JOIN_SECONDS = 3.0, 20.0  # in place of the 20 and 300 of `runtime`
 
 
 @dataclass
@@ -116,6 +118,8 @@ def hit_once(work: Path, case: Case, rng: random.Random, num_lines: int, wanted:
     case.problems = launched.wait(case.victim if name == "SIGSTOP" and case.launcher == "fork" else None)
     case.seconds = round(max(launched.ended.values(), default=sent + END_SECONDS + 1) - sent, 2)
     case.codes = [launched.codes.get(rank, 0) for rank in range(case.ranks)]
+    if case.codes[case.victim] == 0 and case.launcher == "fork":
+        return False  # it was about to end
     said, others = launched.said(), [code for rank, code in enumerate(case.codes) if rank != case.victim]
     if name != "SIGTERM" and any(others) and not re.search(rf"rank {case.victim}\b", said):
         case.problems.append(f"not named: {said[-1000:]}")
@@ -136,8 +140,8 @@ def hit_once(work: Path, case: Case, rng: random.Random, num_lines: int, wanted:
 
 def table(cases: Sequence[Case]) -> str:
     lines = [
-        "| ranks | started by | signal | to | instants | ended within | steps done again, most | resumed, not bit-equal | "
-        "other problems |",
+        "| ranks | started by | signal | to | instants | ended within | steps done again, most | "
+        "resumed, not bit-equal | other problems |",
         "|--:|---|---|---|--:|--:|--:|--:|--:|",
     ]
     groups = sorted({(c.ranks, c.launcher, SIGNALS.index(c.signal), bool(c.victim)) for c in cases})
@@ -158,12 +162,37 @@ def read(path: Path) -> list[Case]:
     return [Case(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path | None) -> list[str]:
+    """Hit a run at the instants that are missing in `cases`; why there can be none."""
+    import solotune
+
+    prepare(work)
+    solotune.plan("run.yaml")  # before the ranks are forked
+    whole = Launched(work, given.ranks, given.launcher)
+    problems, wanted = whole.wait(), figures_of(work / "run")
+    if problems or not wanted["adapter"]:
+        return problems or [whole.said()]
+    num_lines = len(whole.said().splitlines())
+    for instant in range(len(cases), given.instants):
+        rng, is_hit = random.Random(f"{given.seed} {given.ranks} {instant}"), False
+        while not is_hit:
+            victim, number = rng.randrange(given.ranks), rng.choice(SIGNALS)
+            case = Case(instant, given.ranks, given.launcher, number, victim, "", 0.0, 0, [], [])
+            is_hit = hit_once(work, case, rng, num_lines, wanted)
+        cases.append(case)
+        line = json.dumps(asdict(case))
+        print(line, flush=True)
+        if out:
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+    return []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
-    parser.add_argument("--only", choices=SIGNALS)
     parser.add_argument("--real-limits", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -174,43 +203,14 @@ def main() -> int:
         return 0
     load_all()
     if not given.real_limits:
-        from solotune.runtime import heartbeat, world
-
-        heartbeat.STOPPED_SECONDS, world.JOIN_SECONDS = LIMITS.values()
+        heartbeat.STOPPED_SECONDS, world.JOIN_SECONDS = STOPPED_SECONDS, JOIN_SECONDS
     out = given.out.absolute() if given.out else None
-    cases = [
-        case
-        for case in (read(out) if out else ())
-        if (case.ranks, case.launcher) == (given.ranks, given.launcher)
-    ]
+    cases = [c for c in (read(out) if out else ()) if (c.ranks, c.launcher) == (given.ranks, given.launcher)]
     with tempfile.TemporaryDirectory(prefix="solotune-ranks-") as name:
-        work = Path(name)
-        os.chdir(work)
-        prepare(work)
-        import solotune
-
-        solotune.plan("run.yaml")  # before the ranks are forked
-        whole = Launched(work, given.ranks, given.launcher)
-        problems, wanted = whole.wait(), figures_of(work / "run")
-        if problems or not wanted["adapter"]:
-            print("\n".join(problems) or whole.said())
+        os.chdir(name)
+        if problems := campaign(Path(name), given, cases, out):
+            print("\n".join(problems))
             return 1
-        num_lines = len(whole.said().splitlines())
-        for instant in range(len(cases), given.instants):
-            rng = random.Random(f"{given.seed} {given.ranks} {instant}")
-            while True:
-                victim, hit = rng.randrange(given.ranks), given.only or rng.choice(SIGNALS)
-                case = Case(instant, given.ranks, given.launcher, hit, victim, "", 0.0, 0, [], [])
-                if hit_once(work, case, rng, num_lines, wanted):
-                    break
-            cases.append(case)
-            line = json.dumps(asdict(case))
-            print(line, flush=True)
-            if case.is_bad:
-                shutil.copytree(work, Path(tempfile.gettempdir()) / f"solotune-bad-{given.ranks}-{instant}", dirs_exist_ok=True)
-            if out:
-                with open(out, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
     print(f"\n{table(cases)}")
     return 1 if any(case.is_bad for case in cases) else 0
 

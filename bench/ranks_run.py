@@ -52,7 +52,7 @@ def load_all() -> None:
     import solotune.api.train
     import solotune.diagnosis.monitor
     import solotune.report_page.build
-    import solotune.training.loop
+    import solotune.training.loop  # noqa: F401 - a run imports all of them
     from solotune.planning import plan_inputs
 
     torch.set_num_threads(1)
@@ -159,7 +159,7 @@ class Launched:
             if stopped is not None and len(self.codes) == self.ranks - 1 and stopped not in self.codes:
                 self.ended[stopped] = max(self.ended.values())
                 self.kill(stopped)
-                self.codes[stopped] = -os.waitstatus_to_exitcode(os.waitpid(self.pids[stopped], 0)[1])
+                self.codes[stopped] = os.waitstatus_to_exitcode(os.waitpid(self.pids[stopped], 0)[1])
             elif time.monotonic() - since > LIMIT_SECONDS:
                 left = [rank for rank in range(self.ranks) if rank not in self.codes]
                 for rank in left:

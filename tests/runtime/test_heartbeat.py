@@ -112,6 +112,7 @@ def test_why_a_rank_left(states: list[str], number: int | None, problem: str | N
     store["state/1"], store["state/2"] = states
     stop = beats.look()
     assert (stop and stop.number) == number
+    assert problem or (stop.sender if stop else "") == ("rank 1 got SIGINT: " if number else "")
     assert (stop.lost.problem if isinstance(stop, RankLost) else None) == problem
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 from ranks import free_port
@@ -81,6 +82,19 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(worlds, "JOIN_SECONDS", 0.2)
     with pytest.raises(InputError, match="rank 1, 2 did not start within 0 s"):
         World(0, 3, address=("127.0.0.1", free_port())).join()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_with_nothing_to_save_may_end_where_it_waits_for_the_store(rank: int) -> None:
+    """The store lies in rank 0, and may be stopped with it."""
+    world = World(rank, 2)
+    beats = world._heartbeat = Mock(may_end_process=False)
+    with world._errors():
+        assert beats.may_end_process == (rank == 1)
+        with world._blocking():
+            assert beats.may_end_process
+        assert beats.may_end_process == (rank == 1)
+    assert not beats.may_end_process
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:

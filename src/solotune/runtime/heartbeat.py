@@ -272,7 +272,7 @@ class Heartbeat:
                 return _Found(
                     0, RankLost(Lost(f"rank {peer.rank}: {left['problem']}", left["exit_code"], peer.rank, **parts))
                 )
-            return _Found(2, StopRequested(left["signal"])) if left["how"] == "stopped" else None
+            return _Found(2, StopRequested(left["signal"], peer.rank)) if left["how"] == "stopped" else None
         state = self._state_of(peer)
         if state == "gone":
             return _Found(1, RankLost(Lost(f"{peer} has died: it was killed, or crashed", KILLED, peer.rank)))

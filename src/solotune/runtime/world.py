@@ -341,7 +341,7 @@ class World:
     def _errors(self) -> Iterator[None]:
         """Turn an error of a transfer into its reason: the rank that is lost.
 
-        A store in a stopped rank 0 answers in no time. The others have nothing to save, so they may end where they wait.
+        A store in a stopped rank 0 answers in no time. The others have nothing to save, and may end where they wait.
         """
         try:
             with contextlib.nullcontext() if self.is_owner else self._blocking():
