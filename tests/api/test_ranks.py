@@ -22,6 +22,7 @@ import solotune
 from solotune.cli.main import main
 from solotune.errors import IntegrityError
 from solotune.run.run_dir import RunDirectory
+from solotune.runtime import heartbeat
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -164,7 +165,11 @@ def test_on_one_rank_a_run_of_two_goes_on_with_the_same_rows_in_a_step(keys, tmp
 @pytest.mark.ranks
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(keys, number: int, victim: int, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(
+    keys, number: int, victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank 0 that is stopped has the store in it."""
+    monkeypatch.setattr(heartbeat, "STOPPED_SECONDS", 2.0)
     keys |= {"max_steps": 60, "save_steps": 60, "eval_steps": 60}
     ranks = train_as(2, keys, tmp_path)
     wait_for(lambda: len(events_of(tmp_path / "run", "step")) > 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
 import sys
 import threading
 from unittest.mock import Mock
@@ -11,7 +13,10 @@ import pytest
 from ranks import free_port
 
 from solotune.errors import InputError
+from solotune.runtime import signals
 from solotune.runtime import world as worlds
+from solotune.runtime.heartbeat import RankLost
+from solotune.runtime.rendezvous import store_at
 from solotune.runtime.world import ALONE, World, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
@@ -95,6 +100,33 @@ def test_a_rank_with_nothing_to_save_may_end_where_it_waits_for_the_store(rank: 
             assert beats.may_end_process
         assert beats.may_end_process == (rank == 1)
     assert not beats.may_end_process
+
+
+def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has written a first state, for which the store would wait."""
+    monkeypatch.setattr(worlds.heartbeat, "TICK_SECONDS", 0.05)
+    address = ("127.0.0.1", free_port())
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    hello = {"rank": 1, "pid": dead.pid, "host": "node", "space": worlds.heartbeat.process_space()}
+
+    def meet() -> None:
+        store = store_at(address, 2, 0, 10.0, is_server=False)
+        store.set("hello/1", json.dumps(hello))
+        is_over.wait()
+        store.set("state/1", json.dumps({"beats": 1}))  # so that nobody waits for it any more
+
+    is_over, world = threading.Event(), World(0, 2, address=address)
+    other = threading.Thread(target=meet)
+    other.start()
+    with signals.handle_signals():
+        world.join()
+        with pytest.raises(RankLost) as lost:
+            world.all_gather(None)
+    is_over.set()
+    other.join()
+    assert lost.value.lost.problem.startswith(f"rank 1 (process {dead.pid} on node) has died")
+    world.leave({"how": "followed"})
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:
