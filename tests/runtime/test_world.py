@@ -102,6 +102,16 @@ def test_a_rank_with_nothing_to_save_may_end_where_it_waits_for_the_store(rank: 
     assert not beats.may_end_process
 
 
+def test_a_rank_that_waits_for_others_says_that_rank_0_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(worlds, "store_at", lambda *given, **keys: Mock(check=reset))
+    with pytest.raises(InputError, match="rank 0 has ended before all ranks were there") as ended:
+        World(1, 3, address=("127.0.0.1", 1)).join()
+    assert ended.value.seen == "Connection reset by peer"
+
+
 def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before it has written a first state, for which the store would wait."""
     monkeypatch.setattr(worlds.heartbeat, "TICK_SECONDS", 0.05)

@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +137,14 @@ class World:
         own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
         self._own = own
         beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
-        found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
+        try:
+            found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
+        except RuntimeError as error:
+            raise InputError(
+                "rank 0 has ended before all ranks were there",
+                seen=first_line(error),
+                change="look at what it prints, and start all ranks again",
+            ) from None
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
@@ -317,10 +323,9 @@ class World:
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
         """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
-        beats = self._heartbeat
-        before = beats is not None and beats.may_end_process
+        beats, before = self._heartbeat, False
         if beats is not None:
-            beats.may_end_process = True
+            before, beats.may_end_process = beats.may_end_process, True
         try:
             yield
         finally:
@@ -388,11 +393,3 @@ def rank_of(environ: Mapping[str, str]) -> int | None:
         world = World.of_environment(environ)
         return world.rank if world.size > 1 else None
     return None
-
-
-def end_process(code: int) -> None:
-    """End this process of several ranks now: a thread of it may wait for a rank that is gone, in native code."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
