@@ -165,13 +165,14 @@ def slow_link(work: Path, ranks: int, rate: float, keys: Mapping[str, Any]) -> d
     assert {len(sums) for sums in gradients} == {STEPS}
     entered = [max(sums[step][0] for sums in gradients) for step in range(STEPS)]
     left = [max(sums[step][1] for sums in gradients) for step in range(STEPS)]
-    transfer = median(b - a for a, b in zip(entered, left, strict=True))
+    transfers = [after - before for before, after in zip(entered, left, strict=True)]
     formula = 2 * (ranks - 1) / ranks * size / rate
     whole = [after - before for before, after in pairwise(left)]
     until = [after - before for before, after in zip(left, entered[1:], strict=False)]
     return {
         "ranks": ranks, "bytes_per_second": rate, "bytes": size, "formula_seconds": formula,
-        "transfer_seconds": transfer, "step_seconds": median(whole), "predicted_step_seconds": median(until) + formula,
+        "transfer_seconds": median(transfers), "fastest_transfer_seconds": min(transfers),
+        "step_seconds": median(whole), "predicted_step_seconds": median(until) + formula,
     }  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_a_rank_that_waits_for_others_says_that_rank_0_has_ended(monkeypatch: py
         raise RuntimeError("Connection reset by peer")
 
     monkeypatch.setattr(worlds, "store_at", lambda *given, **keys: Mock(check=reset))
-    with pytest.raises(InputError, match="rank 0 has ended before all ranks were there") as ended:
+    with pytest.raises(InputError, match="rank 0 has ended before all were there") as ended:
         World(1, 3, address=("127.0.0.1", 1)).join()
     assert ended.value.seen == "Connection reset by peer"
 

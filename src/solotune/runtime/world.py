@@ -134,17 +134,13 @@ class World:
         self._store = store_at(
             self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
         )
-        own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        self._own = own
+        own = self._own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
         beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
         try:
             found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
         except RuntimeError as error:
-            raise InputError(
-                "rank 0 has ended before all ranks were there",
-                seen=first_line(error),
-                change="look at what it prints, and start all ranks again",
-            ) from None
+            problem, change = "rank 0 has ended before all were there", "see what it prints, and start all ranks again"
+            raise InputError(problem, seen=first_line(error), change=change) from None
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
