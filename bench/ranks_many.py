@@ -147,12 +147,12 @@ def slow(rank: int) -> None:
         return
     run, calls = MicroBatchRunner.run, [0]
 
-    def slow_run(self: Any, *given: Any) -> None:
+    def slow_run(self: Any, forward_backward: Any, batch: Any, total_weight: float) -> None:
         calls[0] += 1
         time.sleep(SLEEP_SECONDS)
         if calls[0] == HOLD_STEP:
             ctypes.PyDLL(None).sleep(HOLD_SECONDS)  # with Python's lock: this rank's heartbeat is silent
-        run(self, *given)
+        run(self, forward_backward, batch, total_weight)
 
     MicroBatchRunner.run = slow_run
 

@@ -10,6 +10,7 @@ import threading
 from unittest.mock import Mock
 
 import pytest
+import torch
 from ranks import free_port
 
 from solotune.errors import InputError
@@ -137,6 +138,23 @@ def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.M
     other.join()
     assert lost.value.lost.problem.startswith(f"rank 1 (process {dead.pid} on node) has died")
     world.leave({"how": "followed"})
+
+
+def test_a_rank_that_dies_when_all_have_done_their_part_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 still compares and writes: it must not stop because another one is gone."""
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    address = ("127.0.0.1", free_port())
+    ranks = [World(rank, 2, address=address, _device="cpu") for rank in range(2)]
+
+    def work(world: World) -> None:
+        world.join()
+        world.disconnect()
+
+    other = threading.Thread(target=work, args=(ranks[1],))
+    other.start()
+    work(ranks[0])
+    other.join()
+    assert [world._heartbeat for world in ranks] == [None, None]
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:

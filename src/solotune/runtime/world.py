@@ -261,13 +261,14 @@ class World:
         self._device = device
 
     def disconnect(self) -> None:
-        """End the process group when all ranks have done their part."""
+        """End the process group when all ranks have done their part: nobody needs another one from then on."""
         if self._device is not None:
             import torch.distributed as dist
 
             self.all_gather(None)  # nobody leaves while another one still receives
             self._device = None
             dist.destroy_process_group()
+            self.leave({"how": "finished"})
 
     def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
