@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -111,6 +112,7 @@ def test_why_a_rank_left(states: list[str], number: int | None, problem: str | N
     store["state/1"], store["state/2"] = states
     stop = beats.look()
     assert (stop and stop.number) == number
+    assert problem or (stop.sender if stop else "") == ("rank 1 got SIGINT: " if number else "")
     assert (stop.lost.problem if isinstance(stop, RankLost) else None) == problem
 
 
@@ -137,6 +139,46 @@ def test_without_the_store_nobody_can_go_on_who_needs_another() -> None:
     assert stop.lost.seen == "Connection reset by peer"
     beats._peers[0].left = {"how": "finished"}
     assert beats.look() is None
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch):
+    """A store in a rank that is stopped: it answers when that one goes on."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(heartbeat, "ANSWER_SECONDS", 0.01)
+
+    class Mute(Store):
+        def multi_get(self, keys: list[str]) -> list[str]:
+            goes_on.wait()
+            return super().multi_get(keys)
+
+    yield Mute()
+    goes_on.set()
+
+
+def test_a_rank_that_is_stopped_with_the_store_in_it_is_named(mute, sleeper) -> None:
+    beats = beating(mute, here(sleeper.pid, 2))
+    beats._asker.start()
+    sleeper.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+    assert beats._look(heartbeat.STOPPED_SECONDS, 0.01) is None
+    stop = beats._look(1.0, 0.01)
+    assert isinstance(stop, RankLost)
+    assert (stop.lost.rank, stop.lost.exit_code) == (2, 9)
+    beats.leave({"how": "followed"})  # waits for nobody
+    assert beats.others_have_left({2})
+    beats.stop()
+
+
+def test_a_store_on_another_machine_that_answers_no_more_ends_the_run(mute) -> None:
+    """The other ranks may be well: nobody can tell."""
+    beats = beating(mute, Peer(1, os.getpid(), "other", "other"))
+    beats._asker.start()
+    assert beats._look(heartbeat.SILENT_SECONDS, 0.01) is None
+    stop = beats._look(1.0, 0.01)
+    assert isinstance(stop, RankLost)
+    assert (stop.lost.rank, stop.lost.seen) == (None, "no answer for 46 s")
+    beats.stop()
 
 
 def test_what_a_rank_says_when_it_leaves() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from ranks import free_port
 
 from solotune.errors import InputError
+from solotune.runtime import signals
 from solotune.runtime import world as worlds
 from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
+from solotune.runtime.rendezvous import store_at
 from solotune.runtime.world import ALONE, World, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
@@ -101,6 +107,73 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(worlds, "JOIN_SECONDS", 0.2)
     with pytest.raises(InputError, match="rank 1, 2 did not start within 0 s"):
         World(0, 3, address=("127.0.0.1", free_port())).join()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_with_nothing_to_save_may_end_where_it_waits_for_the_store(rank: int) -> None:
+    """The store lies in rank 0, and may be stopped with it."""
+    world = World(rank, 2)
+    beats = world._heartbeat = Mock(may_end_process=False)
+    with world._errors():
+        assert beats.may_end_process == (rank == 1)
+        with world._blocking():
+            assert beats.may_end_process
+        assert beats.may_end_process == (rank == 1)
+    assert not beats.may_end_process
+
+
+def test_a_rank_that_waits_for_others_says_that_rank_0_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(keys: list[str]) -> bool:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(worlds, "store_at", lambda *given, **keys: Mock(check=reset))
+    with pytest.raises(InputError, match="rank 0 has ended before all were there") as ended:
+        World(1, 3, address=("127.0.0.1", 1)).join()
+    assert ended.value.seen == "Connection reset by peer"
+
+
+def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it has written a first state, for which the store would wait."""
+    monkeypatch.setattr(worlds.heartbeat, "TICK_SECONDS", 0.05)
+    address = ("127.0.0.1", free_port())
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    hello = {"rank": 1, "pid": dead.pid, "host": "node", "space": worlds.heartbeat.process_space()}
+
+    def meet() -> None:
+        store = store_at(address, 2, 0, 10.0, is_server=False)
+        store.set("hello/1", json.dumps(hello))
+        is_over.wait()
+        store.set("state/1", json.dumps({"beats": 1}))  # so that nobody waits for it any more
+
+    is_over, world = threading.Event(), World(0, 2, address=address)
+    other = threading.Thread(target=meet)
+    other.start()
+    with signals.handle_signals():
+        world.join()
+        with pytest.raises(RankLost) as lost:
+            world.all_gather(None)
+    is_over.set()
+    other.join()
+    assert lost.value.lost.problem.startswith(f"rank 1 (process {dead.pid} on node) has died")
+    world.leave({"how": "followed"})
+
+
+def test_a_rank_that_dies_when_all_have_done_their_part_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 still compares and writes: it must not stop because another one is gone."""
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    address = ("127.0.0.1", free_port())
+    ranks = [World(rank, 2, address=address, _device="cpu") for rank in range(2)]
+
+    def work(world: World) -> None:
+        world.join()
+        world.disconnect()
+
+    other = threading.Thread(target=work, args=(ranks[1],))
+    other.start()
+    work(ranks[0])
+    other.join()
+    assert [world._heartbeat for world in ranks] == [None, None]
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:

@@ -140,7 +140,8 @@ def _stopped_early(stop: StopRequested, stage: str) -> SolotuneError:
     """The error of a run that is stopped before there is anything to save."""
     if isinstance(stop, RankLost):
         return rank_error(stop.lost, None, "start all ranks again")
-    return InterruptedRunError(stop.number, f"stopped while {stage}; there is nothing to save yet", "start it again")
+    what = f"{stop.sender}stopped while {stage}; there is nothing to save yet"
+    return InterruptedRunError(stop.number, what, "start it again")
 
 
 def _stopped_with_adapter(stop: StopRequested, stage: str, run: RunDirectory) -> InterruptedRunError:

@@ -36,7 +36,7 @@ from solotune.errors import (
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
 from solotune.runtime.library_noise import quieten
-from solotune.runtime.world import end_process, rank_of
+from solotune.runtime.world import rank_of
 from solotune.units import escape_terminal, first_line
 from solotune.version import __version__
 
@@ -69,8 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except signals.StopRequested as stop:  # before or after the command itself
         code = 128 + stop.number
     if is_ours and rank is not None:
-        end_process(code)
+        _end_process(code)
     return code
+
+
+def _end_process(code: int) -> None:
+    """End this process of several ranks now: a thread of it may wait for a rank that is gone, in native code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run_as_rank(given: list[str], rank: int) -> int:

@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -140,13 +139,15 @@ class World:
         self._store = store_at(
             self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
         )
-        own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        self._own = own
+        own = self._own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
         beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
-        found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
+        try:
+            found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
+        except RuntimeError as error:
+            problem, change = "rank 0 has ended before all were there", "see what it prints, and start all ranks again"
+            raise InputError(problem, seen=first_line(error), change=change) from None
         self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
         self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-        self.all_gather(None)  # all have written their first state
         self._heartbeat.start()
 
     def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
@@ -270,13 +271,14 @@ class World:
         self._device = device
 
     def disconnect(self) -> None:
-        """End the process group when all ranks have done their part."""
+        """End the process group when all ranks have done their part: nobody needs another one from then on."""
         if self._device is not None:
             import torch.distributed as dist
 
             self.all_gather(None)  # nobody leaves while another one still receives
             self._device = None
             dist.destroy_process_group()
+            self.leave({"how": "finished"})
 
     def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
@@ -328,12 +330,14 @@ class World:
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
         """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
-        assert self._heartbeat is not None
-        self._heartbeat.may_end_process = True
+        beats, before = self._heartbeat, False
+        if beats is not None:
+            before, beats.may_end_process = beats.may_end_process, True
         try:
             yield
         finally:
-            self._heartbeat.may_end_process = False
+            if beats is not None:
+                beats.may_end_process = before
 
     def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
         """Ask until it is done.
@@ -347,9 +351,13 @@ class World:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn an error of a transfer into its reason: the rank that is lost."""
+        """Turn an error of a transfer into its reason: the rank that is lost.
+
+        A store in a stopped rank 0 answers in no time. The others have nothing to save, and may end where they wait.
+        """
         try:
-            yield
+            with contextlib.nullcontext() if self.is_owner else self._blocking():
+                yield
         except RuntimeError as error:
             stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
             if stop is None:
@@ -388,13 +396,3 @@ def rank_of(environ: Mapping[str, str]) -> int | None:
         world = World.of_environment(environ)
         return world.rank if world.size > 1 else None
     return None
-
-
-def end_process(code: int) -> None:
-    """End this process now if its process group is still there: threads of that wait for a rank that is gone."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)

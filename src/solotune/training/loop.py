@@ -301,7 +301,7 @@ def _interrupted(stop: StopRequested, done: int, run: RunDirectory, saved: int) 
         is_saved = f"checkpoint of step {saved} saved" if saved else "no checkpoint saved yet"
         return rank_error(stop.lost, is_saved, f"continue with: {resume_command(run.path)}")
     what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; no checkpoint saved"
-    return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
+    return InterruptedRunError(stop.number, stop.sender + what, f"continue with: {resume_command(run.path)}")
 
 
 @dataclass
