@@ -85,7 +85,7 @@ def test_ranks_that_differ_end_before_the_first_step(keys, tmp_path: Path) -> No
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
     solotune.plan(keys)  # the shape of the model is kept for both
     for more, seen in (
-        (["dataset=other.jsonl"], "rank 1 differs from rank 0: train_rows"),
+        (["dataset=other.jsonl"], "rank 1 differs from rank 0: training rows (sha256)"),
         (["learning_rate=0.02"], "rank 1 differs from rank 0: learning_rate\n  seen:    0.02\n  allowed: 0.01"),
     ):
         lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
@@ -163,6 +163,7 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(keys, number: int, vi
         other = 1 - victim
         wait_for(lambda: os.waitid(os.P_PID, ranks.pids[other], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
         os.kill(ranks.pids[victim], signal.SIGKILL)
+        assert ("; no checkpoint saved yet" in ranks.said(other)) == (victim == 0), "only rank 0 can save"
     codes = ranks.ends(60)
     assert time.monotonic() - sent < 60
     assert codes == ([128 + number] * 2 if number != signal.SIGSTOP else [-9, 9] if victim == 0 else [9, -9])

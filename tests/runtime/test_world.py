@@ -78,9 +78,11 @@ def test_a_port_that_is_taken_says_what_to_change() -> None:
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worlds, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(worlds, "QUIET_SECONDS", 0.05)
+    notes: list[str] = []
     with pytest.raises(InputError, match="rank 1, 2 did not start within 0 s"):
-        World(0, 3, address=("127.0.0.1", free_port())).join()
+        World(0, 3, address=("127.0.0.1", free_port())).join(0.2, notes.append)
+    assert notes == ["waiting for rank 1, 2 of 3 ranks ..."]
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:

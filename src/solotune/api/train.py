@@ -117,7 +117,8 @@ def train(
         RankError: another rank failed, died or hangs; `change` says how to continue.
     """
     world = World.of_environment(os.environ)
-    checked = config_of(config, overrides, keys).on_ranks(world.size)
+    with ranks.failing_together(world):
+        checked = config_of(config, overrides, keys).on_ranks(world.size)
     resume = resume or world.restarts > 0
     from solotune.hardware import doctor
     from solotune.runtime import signals
@@ -126,7 +127,7 @@ def train(
     display = display if world.is_owner else SilentDisplay()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
-        with joined(world, ranks.departure_of):
+        with joined(world, ranks.departure_of, user_display.note):
             try:
                 ranks.start(world, checked, resume)
                 return _train(checked, resume, user_display, world)
@@ -252,6 +253,7 @@ def _lead(
     except RankError as error:
         if error.traceback:
             append_line(run.path / LOG, error.traceback)
+            error.add_note(RunNote(run.path))  # the command line says where it is
         raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log

@@ -7,6 +7,7 @@ states of all others there:
     {"beats": 72, "left": {"how": "finished"}}             it has done its part
     {"beats": 72, "left": {"how": "stopped", "signal": 15}}
     {"beats": 72, "left": {"how": "failed", "exit_code": 2, "problem": ...}}
+    {"beats": 73, "left": {...}, "has_read": true}         it knows why rank 0 leaves
 
 What a rank that says nothing is
 --------------------------------
@@ -93,6 +94,7 @@ class Peer:
     beats: int = -1
     silent: float = 0.0  # seconds without a new beat
     left: Departure | None = field(default=None)
+    has_read: bool = False  # why rank 0 leaves, which may keep the store
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -118,7 +120,7 @@ class Heartbeat:
         self._store, self._rank, self._peers = store, rank, peers
         self._space = process_space()
         self._lock = threading.Lock()
-        self._beats, self._left = 0, dict[str, Any]()
+        self._beats, self._left, self._has_read = 0, dict[str, Any](), False
         self._ends = threading.Event()
         self.may_end_process = False  # the main thread is in a native call that no signal interrupts
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -135,6 +137,16 @@ class Heartbeat:
                 self._left = departure
             self._write()
 
+    def wait_for_departures(self, seconds: float) -> None:
+        """Wait until this rank has read why rank 0 leaves; on rank 0, until all others have."""
+        until = time.monotonic() + seconds
+        while not self.others_have_left(None if self._rank == 0 else {0}) and time.monotonic() < until:
+            time.sleep(0.05)
+        if self._rank:
+            with contextlib.suppress(RuntimeError):
+                self._has_read = True
+                self._write()
+
     def stop(self) -> None:
         self._ends.set()
 
@@ -144,10 +156,29 @@ class Heartbeat:
 
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
         """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
-        with contextlib.suppress(RuntimeError):
+        never = ("gone", "stopped")
+        try:
             self._read(0.0)
+        except RuntimeError:
+            never = ("gone", "stopped", "unknown")  # from another machine, nothing can be heard any more
         watched = [peer for peer in self._peers if ranks is None or peer.rank in ranks]
-        return all(peer.left is not None or self._state_of(peer) in ("gone", "stopped") for peer in watched)
+        return all(self._is_through(peer) or self._state_of(peer) in never for peer in watched)
+
+    def _is_through(self, peer: Peer) -> bool:
+        if self._rank == 0:
+            return peer.has_read or peer.left == {"how": "finished"}
+        return peer.left is not None
+
+    def is_said(self, departure: Departure) -> bool:
+        """Whether another rank tells the user why this one ends: rank 0, or the first of this machine without it."""
+        if self._rank == 0:
+            return False
+        follows = departure["how"] == "followed"
+        first = next(peer for peer in self._peers if peer.rank == 0).left or {"how": "nothing"}
+        if first["how"] in ("followed", "failed", "stopped"):
+            return follows or first["how"] == "followed" or first.get("problem") == departure.get("problem")
+        before = [peer for peer in self._peers if peer.rank < self._rank and peer.space == self._space]
+        return follows and any(peer.left or self._state_of(peer) == "running" for peer in before)
 
     def _run(self) -> None:
         # signals must reach the main thread and interrupt its waiting
@@ -169,7 +200,7 @@ class Heartbeat:
         code = 128 + stop.number
         if isinstance(stop, RankLost):
             code = stop.lost.exit_code
-            if self._rank == 0:
+            if not self.is_said({"how": "followed"}):
                 with contextlib.suppress(OSError):
                     os.write(2, f"error: {stop.lost.problem}\n".encode())
         os._exit(code)
@@ -180,6 +211,8 @@ class Heartbeat:
             state: dict[str, Any] = {"beats": self._beats}
             if self._left:
                 state["left"] = self._left
+            if self._has_read:
+                state["has_read"] = True
             self._store.set(_key(self._rank), json.dumps(state))
 
     def _read(self, passed: float) -> None:
@@ -187,7 +220,7 @@ class Heartbeat:
             texts = self._store.multi_get([_key(peer.rank) for peer in self._peers])
             for peer, text in zip(self._peers, texts, strict=True):
                 state = json.loads(text)
-                peer.left = state.get("left")
+                peer.left, peer.has_read = state.get("left"), "has_read" in state
                 peer.silent = 0.0 if state["beats"] != peer.beats else peer.silent + passed
                 peer.beats = state["beats"]
 
@@ -207,9 +240,8 @@ class Heartbeat:
         if left is not None:
             if left["how"] == "failed":
                 parts = {name: left.get(name) for name in ("seen", "allowed", "change", "traceback")}
-                return _Found(
-                    0, RankLost(Lost(f"rank {peer.rank}: {left['problem']}", left["exit_code"], peer.rank, **parts))
-                )
+                where = f"rank {peer.rank}" if peer.space == self._space else f"rank {peer.rank} on {peer.host}"
+                return _Found(0, RankLost(Lost(f"{where}: {left['problem']}", left["exit_code"], peer.rank, **parts)))
             return _Found(2, StopRequested(left["signal"])) if left["how"] == "stopped" else None
         state = self._state_of(peer)
         if state == "gone":

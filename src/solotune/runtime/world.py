@@ -30,12 +30,12 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from solotune.errors import CheckError, InputError
+from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
 from solotune.runtime import heartbeat, signals
 from solotune.runtime.heartbeat import KILLED, Departure, Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import store_at
@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300.0  # from the first rank that is there to the last
+QUIET_SECONDS = 10.0  # until rank 0 says for whom it waits
 LEAVE_SECONDS = 40.0  # how long a rank that leaves waits until rank 0 has saved
 FIND_SECONDS = 5.0  # after a failed transfer, until the reason is known
 READ_SECONDS = 5.0  # how long rank 0 stays for the others to read why it leaves
@@ -124,54 +125,111 @@ class World:
 
     # --- meeting and leaving
 
-    def join(self) -> None:
+    def join(self, seconds: float = JOIN_SECONDS, note: Callable[[str], None] | None = None) -> None:
         """Meet the other ranks at the store and begin the heartbeat.
 
+        Args:
+            seconds: to wait for the last one.
+            note: told once for whom this rank waits, if that takes long.
+
         Raises:
-            InputError: MASTER_PORT is taken, nobody answers there, or some ranks do not come.
+            InputError: MASTER_PORT is taken, nobody answers there, some ranks do not come, or two have one number.
         """
         if self.size == 1:
             return
-        self._store = store_at(
-            self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
-        )
-        own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        self._own = own
-        beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
-        found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
-        self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
-        self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-        self.all_gather(None)  # all have written their first state
+        until = time.monotonic() + seconds
+        is_server = self.is_owner and not self.has_agent
+        self._store = store_at(self.address, self.size, self.restarts, seconds, is_server=is_server)
+        beats = store_at(self.address, self.size, self.restarts, seconds, is_server=False)
+        self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
+        with self._errors_of_meeting():
+            self._claim(own)
+            self._require_size(self._meet("hello", [0], until, None))  # one that waits for more ranks would never end
+            found = self._meet("hello", range(self.size), until, note)
+            self._require_size(found)
+            self.peers = [Peer(*one[:4]) for one in found if one[0] != self.rank]
+            self._heartbeat = Heartbeat(beats, self.rank, self.peers)
+            self._meet("state", range(self.size), until, note)
         self._heartbeat.start()
 
-    def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        self._store.set(f"hello/{self.rank}", json.dumps(own))
-        keys, until = [f"hello/{rank}" for rank in range(self.size)], time.monotonic() + JOIN_SECONDS
+    def _claim(self, own: Peer) -> None:
+        """Say who has this rank. Nothing is written before it is clear that nobody else has it.
+
+        Raises:
+            InputError: another process has, perhaps one of another run, which this one must not disturb.
+        """
+        if self._store.add(f"claim/{self.rank}", 1) > 1:
+            raise InputError(
+                f"RANK, MASTER_PORT: rank {self.rank} is there already at {self.address[0]}:{self.address[1]}",
+                seen="another process with this rank, of this run or of another run at this port",
+                change="give each process a RANK of its own, and each run a MASTER_PORT of its own",
+            )
+        self._store.set(f"hello/{self.rank}", json.dumps([own.rank, own.pid, own.host, own.space, self.size]))
+
+    def _meet(self, what: str, ranks: Sequence[int], until: float, note: Callable[[str], None] | None) -> list[Any]:
+        """What these ranks have written under `what`; rank 0 waits for them, and the others wait for rank 0."""
+        keys, begun = [f"{what}/{rank}" for rank in ranks], time.monotonic()
+        until += 0 if self.is_owner else QUIET_SECONDS
         while not self._store.check(keys):
             signals.check_stop()
-            if time.monotonic() > until:
-                missing = [rank for rank in range(self.size) if not self._store.check([keys[rank]])]
-                raise InputError(
-                    f"rank {', '.join(map(str, missing))} did not start within {JOIN_SECONDS:.0f} s",
-                    seen=f"{self.size - len(missing)} of {self.size} ranks are there",
-                    change="look at what these ranks print, and start all of them at the same time",
-                )
+            waited = time.monotonic() - begun
+            is_late = time.monotonic() > until
+            if is_late or (note is not None and waited > QUIET_SECONDS):
+                missing = [str(rank) for rank in ranks if not self._store.check([f"{what}/{rank}"])]
+                names = f"rank {', '.join(missing)}"
+                if is_late and missing:
+                    raise InputError(
+                        f"{names} did not start within {waited:.0f} s",
+                        seen=f"{self.size - len(missing)} of {self.size} ranks are there",
+                        change="look at what these ranks print, and start all of them at the same time",
+                    )
+                if note is not None:
+                    note(f"waiting for {names} of {self.size} ranks ...")
+                note = None
             time.sleep(0.02)
         return [json.loads(text) for text in self._store.multi_get(keys)]
 
-    def leave(self, departure: Departure) -> None:
-        """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved."""
+    def _require_size(self, found: list[Any]) -> None:
+        for rank, *_, size in found:
+            if size != self.size:
+                raise InputError(
+                    f"WORLD_SIZE: rank {rank} has another number than rank {self.rank}",
+                    seen=f"{size} and {self.size}",
+                    allowed="the number of all ranks, the same for each of them",
+                )
+
+    @contextlib.contextmanager
+    def _errors_of_meeting(self) -> Iterator[None]:
+        """Raises:
+        InputError: rank 0 has gone, and says why; one rank of each machine says so.
+        """
+        try:
+            yield
+        except RuntimeError as failed:
+            error = InputError(
+                "rank 0 has ended before all ranks were there",
+                seen=first_line(failed),
+                change="look at what rank 0 prints, and start all ranks again",
+            )
+            if 0 not in (self.rank - 1, self.local_rank):
+                error.add_note(SAID_BY_ANOTHER_RANK)
+            raise error from None
+
+    def leave(self, departure: Departure) -> bool:
+        """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved.
+
+        Returns:
+            Whether another rank tells the user why the run has ended.
+        """
         if self._heartbeat is None:
-            return
+            return False
         beats = self._heartbeat
         beats.leave(departure)
         if departure["how"] != "finished":
-            watched = None if self.is_owner else {0}
-            until = time.monotonic() + (READ_SECONDS if self.is_owner else LEAVE_SECONDS)
-            while not beats.others_have_left(watched) and time.monotonic() < until:
-                time.sleep(0.1)
+            beats.wait_for_departures(READ_SECONDS if self.is_owner else LEAVE_SECONDS)
         beats.stop()
         self._heartbeat = None
+        return beats.is_said(departure)
 
     def why(self, stop: StopRequested) -> StopRequested:
         """The reason behind a stop: torchrun sends SIGTERM to all ranks when one has died or failed."""
@@ -358,20 +416,27 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def joined(world: World, departure_of: Callable[[BaseException], Departure]) -> Iterator[None]:
+def joined(
+    world: World,
+    departure_of: Callable[[BaseException], Departure],
+    note: Callable[[str], None] | None = None,
+    seconds: float = JOIN_SECONDS,
+) -> Iterator[None]:
     """Meet the other ranks; in the end, or after an error, tell them.
 
     Args:
         departure_of: what the others get to know about an error.
+        note, seconds: see `World.join`.
     """
     if world.size == 1:
         yield
         return
-    world.join()
+    world.join(seconds, note)
     try:
         yield
     except BaseException as error:
-        world.leave(departure_of(error))
+        if world.leave(departure_of(error)):
+            error.add_note(SAID_BY_ANOTHER_RANK)
         raise
     world.leave({"how": "finished"})
 
