@@ -55,6 +55,18 @@ def failing_together(world: World) -> Iterator[None]:
         raise
 
 
+def alone_under_srun(environ: Mapping[str, str]) -> str | None:
+    """What to say where srun has started copies of a run that do not know of each other; None elsewhere.
+
+    It is no error: they may have a config each.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdecimal() or int(tasks) < 2 or environ.get("SLURM_PROCID") != "0" or "WORLD_SIZE" in environ:
+        return None
+    how = "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc-per-node=GPUS ... -m solotune train CONFIG"
+    return f"srun has started {tasks} processes, and each trains a run of its own. One run on all GPUs: {how}"
+
+
 def start(world: World, config: RunConfig, resume: bool) -> None:
     """Take this rank's card, and compare what has to be equal before anything takes long.
 

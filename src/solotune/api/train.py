@@ -127,6 +127,8 @@ def train(
     display = display if world.is_owner else SilentDisplay()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
+        if words := ranks.alone_under_srun(os.environ):
+            user_display.note(words)
         with joined(world, ranks.departure_of, user_display.note):
             try:
                 ranks.start(world, checked, resume)

@@ -269,10 +269,10 @@ class Heartbeat:
         return {b"Z": "gone", b"X": "gone", b"T": "stopped", b"t": "stopped"}.get(state, "running")
 
     def _without_store(self, error: Exception) -> Lost:
-        gone = [peer for peer in self._peers if self._state_of(peer) == "gone"]
-        if gone:
-            return Lost(f"{gone[0]} has died: it was killed, or crashed", KILLED, gone[0].rank)
-        problem = "the connection between the ranks is lost: torchrun, or the machine of rank 0, has ended"
+        for peer in self._peers:  # others that are gone have ended for the same reason
+            if peer.rank == 0 and self._state_of(peer) == "gone":
+                return Lost(f"{peer} has died: it was killed, or crashed", KILLED, 0)
+        problem = "the connection to rank 0 is lost: its machine, torchrun there, or the network has failed"
         return Lost(problem, KILLED, seen=str(error).splitlines()[0][:200] if str(error) else None)
 
 
