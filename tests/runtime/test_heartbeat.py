@@ -89,6 +89,18 @@ def test_a_rank_on_another_machine_is_known_by_its_beats_only() -> None:
     assert "its machine or the network has failed" in stop.lost.problem
 
 
+def test_a_failed_transfer_is_blamed_on_a_machine_that_is_silent() -> None:
+    store = Store()
+    beats = beating(store, Peer(1, os.getpid(), "near", "near"), Peer(2, 5, "far", "far"))
+    beats.look()
+    assert beats.transfer_failed("reset").problem == "a transfer between the ranks failed"
+    store["state/1"] = json.dumps({"beats": 2})
+    beats._look(4.0)
+    lost = beats.transfer_failed("Connection reset by peer")
+    assert (lost.rank, lost.seen) == (2, "Connection reset by peer")
+    assert lost.problem.startswith("rank 2 (process 5 on far) has not answered since a transfer failed")
+
+
 def left(**departure: Any) -> str:
     return json.dumps({"beats": 3, "left": departure})
 

@@ -15,7 +15,6 @@ from ranks import free_port
 
 from solotune.errors import CheckError, InputError
 from solotune.runtime import rendezvous
-from solotune.runtime import world as worlds
 from solotune.runtime.rendezvous import store_at
 from solotune.runtime.world import ALONE, World, rank_of
 
@@ -94,8 +93,8 @@ def test_another_program_at_the_port_is_no_rank_0(monkeypatch: pytest.MonkeyPatc
             World(1, 2, address=("127.0.0.1", port)).join(5.0)
 
 
-def test_nobody_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="rank 0 does not answer at 127.0.0.1:") as refused:
+def test_nobody_at_the_address() -> None:
+    with pytest.raises(InputError, match="rank 0 does not answer at") as refused:
         World(1, 2, address=("127.0.0.1", free_port())).join(0.1)
     assert "Connection refused" in str(refused.value.seen)
 
@@ -107,7 +106,7 @@ def test_without_nccl_several_gpus_cannot_work_together(monkeypatch: pytest.Monk
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worlds, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 0.05)
     notes: list[str] = []
     with pytest.raises(InputError, match="rank 1, 2 did not start within 0 s"):
         World(0, 3, address=("127.0.0.1", free_port())).join(0.2, notes.append)

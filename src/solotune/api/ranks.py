@@ -50,7 +50,10 @@ def failing_together(world: World) -> Iterator[None]:
         yield
     except SolotuneError as error:
         if world.size > 1:
-            with contextlib.suppress(SolotuneError, StopRequested, ImportError), joined(world, departure_of, seconds=TELL_SECONDS):
+            with (
+                contextlib.suppress(SolotuneError, StopRequested, ImportError),
+                joined(world, departure_of, seconds=TELL_SECONDS),
+            ):
                 raise error
         raise
 

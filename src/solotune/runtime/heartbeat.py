@@ -42,6 +42,7 @@ from solotune.runtime.signals import StopRequested
 TICK_SECONDS = 0.5
 STOPPED_SECONDS = 20.0  # torchrun needs 30 more until it kills a worker that is stopped
 SILENT_SECONDS = 45.0
+SHORT_SECONDS = 3.0  # of silence after a transfer failed
 BLOCKED_SECONDS = 10.0  # for a main thread that waits for a lost rank in native code
 KILLED, HUNG = 137, 9  # exit codes: see `errors`
 
@@ -153,6 +154,15 @@ class Heartbeat:
     def look(self) -> StopRequested | None:
         """Read the others' states now; why this rank has to stop, None if it may go on."""
         return self._look(0.0)
+
+    def transfer_failed(self, seen: str) -> Lost:
+        """Why a transfer has failed, if no rank has said or shown that it is gone: one on another machine is silent."""
+        silent = max(self._peers, key=lambda peer: peer.silent)
+        if self._state_of(silent) != "unknown" or silent.silent < SHORT_SECONDS:
+            problem = "a transfer between the ranks failed"
+            return Lost(problem, KILLED, seen=seen, change="check the network between them")
+        problem = f"{silent} has not answered since a transfer failed: it, its machine or the network has"
+        return Lost(problem, KILLED, silent.rank, seen=seen, change=f"look at what rank {silent.rank} prints")
 
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
         """Whether the other ranks, or some of them, have said that they leave, or will never say so."""

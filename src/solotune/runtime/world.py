@@ -30,15 +30,15 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
 from solotune.runtime import heartbeat, signals
-from solotune.runtime.heartbeat import KILLED, Departure, Heartbeat, Lost, Peer, RankLost
-from solotune.runtime.rendezvous import store_at
+from solotune.runtime.heartbeat import Departure, Heartbeat, Peer, RankLost
+from solotune.runtime.rendezvous import Meeting, store_at
 from solotune.runtime.signals import StopRequested
 from solotune.units import first_line
 
@@ -49,7 +49,6 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300.0  # from the first rank that is there to the last
-QUIET_SECONDS = 10.0  # until rank 0 says for whom it waits
 LEAVE_SECONDS = 40.0  # how long a rank that leaves waits until rank 0 has saved
 FIND_SECONDS = 5.0  # after a failed transfer, until the reason is known
 READ_SECONDS = 5.0  # how long rank 0 stays for the others to read why it leaves
@@ -142,78 +141,13 @@ class World:
         self._store = store_at(self.address, self.size, self.restarts, seconds, is_server=is_server)
         beats = store_at(self.address, self.size, self.restarts, seconds, is_server=False)
         self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        with self._errors_of_meeting():
-            self._claim(own)
-            self._require_size(self._meet("hello", [0], until, None))  # one that waits for more ranks would never end
-            found = self._meet("hello", range(self.size), until, note)
-            self._require_size(found)
-            self.peers = [Peer(*one[:4]) for one in found if one[0] != self.rank]
+        meeting = Meeting(self._store, self.rank, self.size, until, note)
+        with meeting.errors(is_first_here=self.local_rank == 0):
+            found = meeting.meet([own.rank, own.pid, own.host, own.space], self.address)
+            self.peers = [Peer(*one) for one in found if one[0] != self.rank]
             self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-            self._meet("state", range(self.size), until, note)
+            meeting.wait_for("state", range(self.size))
         self._heartbeat.start()
-
-    def _claim(self, own: Peer) -> None:
-        """Say who has this rank. Nothing is written before it is clear that nobody else has it.
-
-        Raises:
-            InputError: another process has, perhaps one of another run, which this one must not disturb.
-        """
-        if self._store.add(f"claim/{self.rank}", 1) > 1:
-            raise InputError(
-                f"RANK, MASTER_PORT: rank {self.rank} is there already at {self.address[0]}:{self.address[1]}",
-                seen="another process with this rank, of this run or of another run at this port",
-                change="give each process a RANK of its own, and each run a MASTER_PORT of its own",
-            )
-        self._store.set(f"hello/{self.rank}", json.dumps([own.rank, own.pid, own.host, own.space, self.size]))
-
-    def _meet(self, what: str, ranks: Sequence[int], until: float, note: Callable[[str], None] | None) -> list[Any]:
-        """What these ranks have written under `what`; rank 0 waits for them, and the others wait for rank 0."""
-        keys, begun = [f"{what}/{rank}" for rank in ranks], time.monotonic()
-        until += 0 if self.is_owner else QUIET_SECONDS
-        while not self._store.check(keys):
-            signals.check_stop()
-            waited = time.monotonic() - begun
-            is_late = time.monotonic() > until
-            if is_late or (note is not None and waited > QUIET_SECONDS):
-                missing = [str(rank) for rank in ranks if not self._store.check([f"{what}/{rank}"])]
-                names = f"rank {', '.join(missing)}"
-                if is_late and missing:
-                    raise InputError(
-                        f"{names} did not start within {waited:.0f} s",
-                        seen=f"{self.size - len(missing)} of {self.size} ranks are there",
-                        change="look at what these ranks print, and start all of them at the same time",
-                    )
-                if note is not None:
-                    note(f"waiting for {names} of {self.size} ranks ...")
-                note = None
-            time.sleep(0.02)
-        return [json.loads(text) for text in self._store.multi_get(keys)]
-
-    def _require_size(self, found: list[Any]) -> None:
-        for rank, *_, size in found:
-            if size != self.size:
-                raise InputError(
-                    f"WORLD_SIZE: rank {rank} has another number than rank {self.rank}",
-                    seen=f"{size} and {self.size}",
-                    allowed="the number of all ranks, the same for each of them",
-                )
-
-    @contextlib.contextmanager
-    def _errors_of_meeting(self) -> Iterator[None]:
-        """Raises:
-        InputError: rank 0 has gone, and says why; one rank of each machine says so.
-        """
-        try:
-            yield
-        except RuntimeError as failed:
-            error = InputError(
-                "rank 0 has ended before all ranks were there",
-                seen=first_line(failed),
-                change="look at what rank 0 prints, and start all ranks again",
-            )
-            if 0 not in (self.rank - 1, self.local_rank):
-                error.add_note(SAID_BY_ANOTHER_RANK)
-            raise error from None
 
     def leave(self, departure: Departure) -> bool:
         """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved.
@@ -405,8 +339,8 @@ class World:
                 time.sleep(0.05)
                 stop = self._heartbeat.look()
             if stop is None:
-                problem = "a transfer between the ranks failed"
-                stop = RankLost(Lost(problem, KILLED, seen=first_line(error), change="check the network between them"))
+                assert self._heartbeat is not None
+                stop = RankLost(self._heartbeat.transfer_failed(first_line(error)))
             signals.request_stop(stop)
             signals.check_stop()
             raise stop from error  # nothing handles signals here
