@@ -253,9 +253,7 @@ def _lead(
             raise
         raise _stopped_with_adapter(stop, user_display.stage, run) from None
     except RankError as error:
-        if error.traceback:
-            append_line(run.path / LOG, error.traceback)
-            error.add_note(RunNote(run.path))  # the command line says where it is
+        _keep_traceback(error, run)
         raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
@@ -290,6 +288,13 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
             raise failure from error
         raise
     return TrainResult(run.path, setup.summary(ready), ready.choices, None)
+
+
+def _keep_traceback(error: RankError, run: RunDirectory) -> None:
+    """Write the traceback of a bug on another rank to the run's log; the command line says where it is."""
+    if error.traceback:
+        append_line(run.path / LOG, error.traceback)
+        error.add_note(RunNote(run.path))
 
 
 def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
