@@ -12,19 +12,23 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks
-from tiny import metrics_of, save_model, save_tokenizer
+from ranks import Ranks, environment
+from tiny import metrics_of, random_rows, save_model, save_tokenizer
 
 import solotune
 from solotune.api import ranks
+from solotune.api.ranks import alone_under_srun, require_rows, start
+from solotune.cli import commands
 from solotune.cli.main import main
 from solotune.config.load import load_config
-from solotune.errors import InputError, IntegrityError
+from solotune.config.run_config import RunConfig
+from solotune.errors import InputError, IntegrityError, RankError
 from solotune.model import layers
 from solotune.model.layer_ring import LayerRing
 from solotune.model.sharded_blocks import ShardedBlock, SharedBase
@@ -116,19 +120,101 @@ def test_two_ranks_are_one_with_twice_the_rows(keys, parts, tmp_path: Path) -> N
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
-def test_ranks_that_differ_end_before_the_first_step(keys, tmp_path: Path) -> None:
+def test_ranks_that_differ_end_before_the_first_step_and_one_says_it(keys, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
     solotune.plan(keys)  # the shape of the model is kept for both
     for more, seen in (
-        (["dataset=other.jsonl"], "rank 1 differs from rank 0: train_rows"),
+        (["dataset=other.jsonl"], "rank 1 differs from rank 0: training rows (sha256)"),
         (["learning_rate=0.02"], "rank 1 differs from rank 0: learning_rate\n  seen:    0.02\n  allowed: 0.01"),
+        (["learning_rat=0.02"], "rank 1: command line, learning_rat: unknown key"),
     ):
         lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
         (tmp_path / "run.yaml").write_text("".join(lines))
         ranks = Ranks(2, lambda rank, more=more: main(["train", "run.yaml", *(more * rank)]), tmp_path)
         assert ranks.ends() == [2, 2], ranks.said(0) + ranks.said(1)
         assert seen in ranks.said(0)
+        assert ranks.said(0).count("error:") == 1
+        assert ranks.said(1) == ""
         assert not (tmp_path / "run").exists()
+
+
+class Cards:
+    """GPUs that a process sees, for `ranks.start`; the other rank has `other`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, names: list[str], other: dict[str, Any]) -> None:
+        self.current, self.connected = 0, []
+        cuda = {"is_available": lambda: bool(names), "device_count": lambda: len(names), "set_device": self.set,
+                "current_device": lambda: self.current,
+                "get_device_properties": lambda i: SimpleNamespace(name="H200", uuid=names[i])}  # fmt: skip
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        own = {"card": "H200" if names else "no GPU"}
+
+        def all_gather(_: World, value: Any) -> list[Any]:
+            if isinstance(value, list):
+                return [[value[0], other["uuid"]], value]
+            assert value["card"] == own["card"]
+            return [{**value, "card": other["card"]}, value]
+
+        monkeypatch.setattr(World, "all_gather", all_gather)
+        monkeypatch.setattr(World, "connect", lambda _, device: self.connected.append(str(device)))
+
+    def set(self, index: int) -> None:
+        self.current = index
+
+
+def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever CUDA_VISIBLE_DEVICES makes of the GPUs: two, one for each rank, the same one, none."""
+    config = RunConfig(model_name_or_path="model", dataset="rows.jsonl")
+    other = {"card": "H200", "uuid": "GPU-a"}
+    rank = World(1, 2, local_rank=1)
+    for visible, found in ((["GPU-a", "GPU-b"], "cuda:1"), (["GPU-b"], "cuda:0")):
+        cards = Cards(monkeypatch, visible, other)
+        start(rank, config, False)
+        assert cards.connected == [found]
+    for visible, local_rank, problem in (
+        (["GPU-a"], 1, "rank 0 and rank 1 use the same GPU"),
+        (["GPU-a", "GPU-b"], 2, "rank 1 is the process 2 of "),
+        ([], 1, "rank 1 differs from rank 0: card"),
+    ):
+        cards = Cards(monkeypatch, visible, other)
+        with pytest.raises(InputError, match=problem):
+            start(World(1, 2, local_rank=local_rank), config, False)
+        assert cards.connected == []
+
+
+def test_each_rank_needs_a_row(keys) -> None:
+    config = RunConfig(**keys | {"packing": False}).on_ranks(4)
+    prepared: Any = SimpleNamespace(train=random_rows(3))
+    require_rows(World(0, 3), config, prepared)
+    with pytest.raises(InputError, match="4 ranks, but only 3 training rows: some ranks would never get one"):
+        require_rows(World(0, 4), config, prepared)
+
+
+def test_copies_that_srun_starts_say_that_they_are_no_ranks() -> None:
+    srun = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}
+    assert (alone_under_srun(srun) or "").startswith("srun has started 8 processes, and each trains a run of its own.")
+    for other in ({"SLURM_PROCID": "3"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": "8"}):
+        assert alone_under_srun({**srun, **other}) is None
+
+
+def test_torchrun_gives_wrong_options_to_all_and_one_says_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name, value in {**environment(1, 2, 29500), "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--nope"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the first one of its machine
+    assert main(["train", "--nope"]) == 2
+    assert "No such option '--nope'" in capsys.readouterr().err
+
+
+def test_a_bug_on_another_rank_is_kept_with_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    error = RankError("rank 1: this is a bug of solotune: ZeroDivisionError", 1)
+    error.traceback = "Traceback of rank 1"
+    monkeypatch.setattr(commands, "shown", lambda: (_ for _ in ()).throw(error))
+    assert main(["train", "run.yaml"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback of rank 1" in Path(said.rpartition("log: ")[2].strip()).read_text()
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_what_is_done_is_saved(keys, tmp_path: Path) -> None:
@@ -263,6 +349,7 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(
         other = 1 - victim
         wait_for(lambda: os.waitid(os.P_PID, ranks.pids[other], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
         os.kill(ranks.pids[victim], signal.SIGKILL)
+        assert ("; no checkpoint saved yet" in ranks.said(other)) == (victim == 0), "only rank 0 can save"
     codes = ranks.ends(60)
     assert time.monotonic() - sent < 60
     assert codes == ([128 + number] * 2 if number != signal.SIGSTOP else [-9, 9] if victim == 0 else [9, -9])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed
 from ranks import free_port
 
-from solotune.errors import InputError
-from solotune.runtime import signals
+from solotune.errors import CheckError, InputError
+from solotune.runtime import rendezvous, signals
 from solotune.runtime import world as worlds
 from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import store_at
@@ -103,10 +107,35 @@ def test_a_port_that_is_taken_says_what_to_change() -> None:
     assert "--master-port" in refused.value.change
 
 
+def test_another_program_at_the_port_is_no_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the connection and says nothing: torch's client would wait for ever."""
+    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0.3)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"what listens at 127.0.0.1:{port} is not rank 0"):
+            World(1, 2, address=("127.0.0.1", port)).join(5.0)
+
+
+def test_nobody_at_the_address() -> None:
+    with pytest.raises(InputError, match="rank 0 does not answer at") as refused:
+        World(1, 2, address=("127.0.0.1", free_port())).join(0.1)
+    assert "Connection refused" in str(refused.value.seen)
+
+
+def test_without_nccl_several_gpus_cannot_work_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(CheckError, match="several GPUs need NCCL, and this torch has none"):
+        World(0, 2).connect(torch.device("cuda"))
+
+
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worlds, "JOIN_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "QUIET_SECONDS", 0.05)
+    notes: list[str] = []
     with pytest.raises(InputError, match="rank 1, 2 did not start within 0 s"):
-        World(0, 3, address=("127.0.0.1", free_port())).join()
+        World(0, 3, address=("127.0.0.1", free_port())).join(0.2, notes.append)
+    assert notes == ["waiting for rank 1, 2 of 3 ranks ..."]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -126,8 +155,8 @@ def test_a_rank_that_waits_for_others_says_that_rank_0_has_ended(monkeypatch: py
     def reset(keys: list[str]) -> bool:
         raise RuntimeError("Connection reset by peer")
 
-    monkeypatch.setattr(worlds, "store_at", lambda *given, **keys: Mock(check=reset))
-    with pytest.raises(InputError, match="rank 0 has ended before all were there") as ended:
+    monkeypatch.setattr(worlds, "store_at", lambda *given, **keys: Mock(check=reset, add=lambda *_: 1))
+    with pytest.raises(InputError, match="rank 0 has ended before all ranks were there") as ended:
         World(1, 3, address=("127.0.0.1", 1)).join()
     assert ended.value.seen == "Connection reset by peer"
 
@@ -138,7 +167,7 @@ def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.M
     address = ("127.0.0.1", free_port())
     dead = subprocess.Popen(["true"])
     dead.wait()
-    hello = {"rank": 1, "pid": dead.pid, "host": "node", "space": worlds.heartbeat.process_space()}
+    hello = [1, dead.pid, "node", worlds.heartbeat.process_space(), 2]
 
     def meet() -> None:
         store = store_at(address, 2, 0, 10.0, is_server=False)
@@ -177,14 +206,19 @@ def test_a_rank_that_dies_when_all_have_done_their_part_ends_no_other(monkeypatc
 
 
 def test_two_ranks_tell_each_other_and_leave() -> None:
-    """Both in this process: the store and the heartbeat are real."""
+    """Both in this process: the store and the heartbeat are real. A rank of another run comes to the same port."""
     address = ("127.0.0.1", free_port())
     ranks, found = [World(rank, 2, address=address) for rank in range(2)], {}
+    refused: list[str] = []
 
     def work(world: World) -> None:
         world.join()
         with world.one_after_another():
             found.setdefault("order", []).append(world.rank)
+        if world.rank == 0:
+            with pytest.raises(InputError) as other:
+                World(1, 2, address=address).join()
+            refused.append(other.value.problem)
         told = world.broadcast(lambda: {"folder": world.rank})
         found[world.rank] = (world.all_gather(world.rank * 10), told, world.local_ranks)
         world.leave({"how": "finished"})
@@ -194,3 +228,33 @@ def test_two_ranks_tell_each_other_and_leave() -> None:
     work(ranks[0])
     other.join()
     assert found == {"order": [0, 1], **dict.fromkeys((0, 1), ([0, 10], {"folder": 0}, [0, 1]))}
+    assert refused == [f"RANK, MASTER_PORT: rank 1 is there already at 127.0.0.1:{address[1]}"]
+
+
+def test_a_rank_that_counts_other_ranks_is_refused_by_both() -> None:
+    address, found = ("127.0.0.1", free_port()), {}
+
+    def join(rank: int, size: int) -> None:
+        with pytest.raises(InputError) as refused:
+            World(rank, size, address=address).join()
+        found[rank] = (refused.value.problem, refused.value.seen)
+
+    other = threading.Thread(target=join, args=(1, 3))
+    other.start()
+    join(0, 2)
+    other.join()
+    problem = "WORLD_SIZE: rank {} has another number than rank {}"
+    assert found == {0: (problem.format(1, 0), "3 and 2"), 1: (problem.format(0, 1), "2 and 3")}
+
+
+def test_the_kernel_ends_a_connection_to_the_store_that_is_cut() -> None:
+    address = ("127.0.0.1", free_port())
+    store = store_at(address, 2, 0, 5.0, is_server=True)
+    kept = []
+    for path in Path("/proc/self/fd").iterdir():
+        if path.exists() and os.readlink(path).startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(path.name))) as one, contextlib.suppress(OSError):
+                if one.getpeername()[1] == address[1]:
+                    kept.append(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+    assert kept == [45_000]
+    assert store.add("key", 1) == 1

@@ -117,7 +117,8 @@ def train(
         RankError: another rank failed, died or hangs; `change` says how to continue.
     """
     world = World.of_environment(os.environ)
-    checked = config_of(config, overrides, keys).on_ranks(world.size)
+    with ranks.failing_together(world):
+        checked = config_of(config, overrides, keys).on_ranks(world.size)
     resume = resume or world.restarts > 0
     from solotune.hardware import doctor
     from solotune.runtime import signals
@@ -126,7 +127,9 @@ def train(
     display = display if world.is_owner else SilentDisplay()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
-        with joined(world, ranks.departure_of):
+        if words := ranks.alone_under_srun(os.environ):
+            user_display.note(words)
+        with joined(world, ranks.departure_of, user_display.note):
             try:
                 ranks.start(world, checked, resume)
                 if note := ranks.note_of_other_gpus(world, checked, config, overrides, resume):
@@ -244,9 +247,10 @@ def _lead(
             tuned_score = loop.train(
                 model, rows.train, rows.validation, config, run, observer, start, run_fingerprints, world
             )
-            world.disconnect()
+            if model.shared is None:
+                world.disconnect()
             _write_adapter(run, ready)
-        evaluation = _evaluate(run, ready, tuned_score, display)
+        evaluation = _evaluate(run, ready, tuned_score, display, world)
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
@@ -259,8 +263,7 @@ def _lead(
             raise
         raise _stopped_with_adapter(stop, user_display.stage, run) from None
     except RankError as error:
-        if error.traceback:
-            append_line(run.path / LOG, error.traceback)
+        _keep_traceback(error, run)
         raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
@@ -290,9 +293,9 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     try:
         with signals.defer_signals():
             loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
+            if ready.model.shared is not None:
+                ready.model.shared.close()  # rank 0 reads this rank's part until it has compared base and tuned
             world.disconnect()
-        if ready.model.shared is not None:
-            ready.model.shared.close()  # rank 0 reads this rank's part until it has compared base and tuned
     except Exception as error:
         if failure := device_failure(error, config.memory, run.path):
             ranks.raise_if_lost(world, config, run.path)
@@ -301,13 +304,20 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     return TrainResult(run.path, setup.summary(ready), ready.choices, None)
 
 
+def _keep_traceback(error: RankError, run: RunDirectory) -> None:
+    """Write the traceback of a bug on another rank to the run's log; the command line says where it is."""
+    if error.traceback:
+        append_line(run.path / LOG, error.traceback)
+        error.add_note(RunNote(run.path))
+
+
 def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
     """What log.txt gets: the lines of a run, as in a pipe."""
     return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
 def _evaluate(
-    run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver
+    run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver, world: World
 ) -> Evaluation | None:
     """Compare base and tuned, if there are held-out rows; the last that reads the base."""
     model, settings, result = ready.model, ready.config.evaluation, None
@@ -316,6 +326,7 @@ def _evaluate(
         result = compare(model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
     if model.shared is not None:
         model.shared.close()  # the others are still there, so what was computed was computed with their parts
+        world.disconnect()
     if result is not None:
         run.write_json("evaluation.json", result.to_json())
     return result

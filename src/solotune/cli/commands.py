@@ -206,9 +206,12 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
       solotune train solotune.yaml learning_rate=1e-4
     """
     with shown() as display:
+        from solotune.api.ranks import failing_together
         from solotune.config.load import load_config
+        from solotune.runtime.world import World
 
-        checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
+        with failing_together(World.of_environment(os.environ)):
+            checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
         display.logging_steps = checked.logging_steps
 
         from solotune.api.train import train

@@ -7,6 +7,7 @@ states of all others there:
     {"beats": 72, "left": {"how": "finished"}}             it has done its part
     {"beats": 72, "left": {"how": "stopped", "signal": 15}}
     {"beats": 72, "left": {"how": "failed", "exit_code": 2, "problem": ...}}
+    {"beats": 73, "left": {...}, "has_read": true}         it knows why rank 0 leaves
 
 What a rank that says nothing is
 --------------------------------
@@ -44,6 +45,7 @@ from solotune.runtime.signals import StopRequested
 TICK_SECONDS = 0.5
 STOPPED_SECONDS = 20.0  # torchrun needs 30 more until it kills a worker that is stopped
 SILENT_SECONDS = 45.0
+SHORT_SECONDS = 3.0  # of silence after a transfer failed
 BLOCKED_SECONDS = 10.0  # for a main thread that waits for a lost rank in native code
 ANSWER_SECONDS = 2.0  # of the store, for a main thread that leaves, or looks for the reason of an error
 KILLED, HUNG = 137, 9  # exit codes: see `errors`
@@ -97,6 +99,7 @@ class Peer:
     beats: int = -1
     silent: float = 0.0  # seconds without a new beat
     left: Departure | None = field(default=None)
+    has_read: bool = False  # why rank 0 leaves, which may keep the store
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -122,7 +125,7 @@ class Heartbeat:
         self._store, self._rank, self._peers = store, rank, peers
         self._space = process_space()
         self._lock = threading.Lock()
-        self._beats, self._left = 0, dict[str, Any]()
+        self._beats, self._left, self._has_read = 0, dict[str, Any](), False
         self._ends = threading.Event()
         self.may_end_process = False  # the main thread is in a native call that no signal interrupts
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -146,6 +149,16 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):
             self._ask_store(ANSWER_SECONDS)
 
+    def wait_for_departures(self, seconds: float) -> None:
+        """Wait until this rank has read why rank 0 leaves; on rank 0, until all others have."""
+        until = time.monotonic() + seconds
+        while not self.others_have_left(None if self._rank == 0 else {0}) and time.monotonic() < until:
+            time.sleep(0.05)
+        if self._rank:
+            self._has_read = True
+            with contextlib.suppress(RuntimeError):
+                self._ask_store(ANSWER_SECONDS)
+
     def stop(self) -> None:
         self._ends.set()
         with self._asked:
@@ -163,12 +176,40 @@ class Heartbeat:
             stop = self.look()
         return stop
 
+    def transfer_failed(self, seen: str) -> Lost:
+        """Why a transfer has failed, if no rank has said or shown that it is gone: one on another machine is silent."""
+        silent = max(self._peers, key=lambda peer: peer.silent)
+        if self._state_of(silent) != "unknown" or silent.silent < SHORT_SECONDS:
+            problem = "a transfer between the ranks failed"
+            return Lost(problem, KILLED, seen=seen, change="check the network between them")
+        problem = f"{silent} has not answered since a transfer failed: it, its machine or the network has"
+        return Lost(problem, KILLED, silent.rank, seen=seen, change=f"look at what rank {silent.rank} prints")
+
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
         """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
-        with contextlib.suppress(RuntimeError):
+        never = ("gone", "stopped")
+        try:
             self._read(0.0, ANSWER_SECONDS)
+        except RuntimeError:
+            never = ("gone", "stopped", "unknown")  # from another machine, nothing can be heard any more
         watched = [peer for peer in self._peers if ranks is None or peer.rank in ranks]
-        return all(peer.left is not None or self._state_of(peer) in ("gone", "stopped") for peer in watched)
+        return all(self._is_through(peer) or self._state_of(peer) in never for peer in watched)
+
+    def _is_through(self, peer: Peer) -> bool:
+        if self._rank == 0:
+            return peer.has_read or peer.left == {"how": "finished"}
+        return peer.left is not None
+
+    def is_said(self, departure: Departure) -> bool:
+        """Whether another rank tells the user why this one ends: rank 0, or the first of this machine without it."""
+        if self._rank == 0:
+            return False
+        follows = departure["how"] == "followed"
+        first = next(peer for peer in self._peers if peer.rank == 0).left or {"how": "nothing"}
+        if first["how"] in ("followed", "failed", "stopped"):
+            return follows or first["how"] == "followed" or first.get("problem") == departure.get("problem")
+        before = [peer for peer in self._peers if peer.rank < self._rank and peer.space == self._space]
+        return follows and any(peer.left or self._state_of(peer) == "running" for peer in before)
 
     def _run(self) -> None:
         # signals must reach the main thread and interrupt its waiting
@@ -188,10 +229,9 @@ class Heartbeat:
         code = 128 + stop.number
         if isinstance(stop, RankLost):
             code = stop.lost.exit_code
-            if self._rank == 0 or stop.lost.rank == 0:
-                who = f"rank {self._rank}: " * bool(self._rank)
+            if not self.is_said({"how": "followed"}):
                 with contextlib.suppress(OSError):
-                    os.write(2, f"{who}error: {stop.lost.problem}\n".encode())
+                    os.write(2, f"error: {stop.lost.problem}\n".encode())
         os._exit(code)
 
     def _write(self) -> None:
@@ -199,6 +239,8 @@ class Heartbeat:
         state: dict[str, Any] = {"beats": self._beats}
         if self._left:
             state["left"] = self._left
+        if self._has_read:
+            state["has_read"] = True
         self._store.set(_key(self._rank), json.dumps(state))
 
     def _ask(self) -> None:
@@ -255,7 +297,7 @@ class Heartbeat:
             self._unanswered = 0.0 if has_answered else self._unanswered + passed
             states = [json.loads(text) for text in self._texts] or [{"beats": peer.beats} for peer in self._peers]
             for peer, state in zip(self._peers, states, strict=True):
-                peer.left = state.get("left")
+                peer.left, peer.has_read = state.get("left"), "has_read" in state
                 peer.silent = 0.0 if state["beats"] != peer.beats else peer.silent + passed
                 peer.beats = state["beats"]
 
@@ -277,9 +319,8 @@ class Heartbeat:
         if left is not None:
             if left["how"] == "failed":
                 parts = {name: left.get(name) for name in ("seen", "allowed", "change", "traceback")}
-                return _Found(
-                    0, RankLost(Lost(f"rank {peer.rank}: {left['problem']}", left["exit_code"], peer.rank, **parts))
-                )
+                where = f"rank {peer.rank}" if peer.space == self._space else f"rank {peer.rank} on {peer.host}"
+                return _Found(0, RankLost(Lost(f"{where}: {left['problem']}", left["exit_code"], peer.rank, **parts)))
             return _Found(2, StopRequested(left["signal"], peer.rank)) if left["how"] == "stopped" else None
         state = self._state_of(peer)
         if state == "gone":
@@ -307,10 +348,10 @@ class Heartbeat:
         return {b"Z": "gone", b"X": "gone", b"T": "stopped", b"t": "stopped"}.get(state, "running")
 
     def _without_store(self, seen: str) -> Lost:
-        gone = [peer for peer in self._peers if self._state_of(peer) == "gone"]
-        if gone:
-            return Lost(f"{gone[0]} has died: it was killed, or crashed", KILLED, gone[0].rank)
-        problem = "the connection between the ranks is lost: torchrun, or the machine of rank 0, has ended"
+        for peer in self._peers:  # others that are gone have ended for the same reason
+            if peer.rank == 0 and self._state_of(peer) == "gone":
+                return Lost(f"{peer} has died: it was killed, or crashed", KILLED, 0)
+        problem = "the connection to rank 0 is lost: its machine, torchrun there, or the network has failed"
         return Lost(problem, KILLED, seen=seen.splitlines()[0][:200] if seen else None)
 
 

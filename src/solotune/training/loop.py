@@ -214,7 +214,7 @@ def train(
         if saves.every and done > saves.newest:  # stopped early
             saves.make(done)
     except StopRequested as stop:
-        if done > saves.newest:
+        if done > saves.newest and world.is_owner:
             saves.make(done, is_alone=True)
         observer.finish()
         raise _interrupted(world.why(stop), done, run, saves.newest) from None
