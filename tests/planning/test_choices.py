@@ -217,7 +217,7 @@ def test_each_rank_pins_its_own_host_memory():
     assert "to pin for each of 2 ranks" in str(error.seen)
     assert "the 9.0 GiB that are free for each of 2 ranks" in str(error.allowed)
     assert planned_on(2, **keys, host=9 * GIB).suggestion() == snapshot(
-        "base_precision: nf4 (then 2.9 GiB, 20,175 tokens/s)"
+        "base_precision: nf4 (then 2.8 GiB, 20,175 tokens/s)"
     )
 
 

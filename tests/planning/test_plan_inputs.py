@@ -202,7 +202,7 @@ def test_a_host_that_is_too_small_is_named_with_its_sizes(config, capsys):
     code, found = plan_as_json(capsys, str(config), *small)
     assert (code, found["fits"], found["host_budget_bytes"]) == (3, False, int(0.9 * int(0.01 * 2**20)))
     assert cli.main(["plan", str(config), *small]) == 3
-    assert "GiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
+    assert "MiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_host_memory_that_is_no_size_is_refused(config, capsys):

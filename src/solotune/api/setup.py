@@ -37,7 +37,7 @@ from solotune.trackers.libraries import require as require_trackers
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
-from solotune.units import format_duration, format_step_time, gib
+from solotune.units import format_bytes, format_duration, format_step_time
 from solotune.version import __version__
 
 if TYPE_CHECKING:
@@ -327,6 +327,6 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    memory = f"{gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB)"
+    memory = f"{format_bytes(peak)} peak memory (budget {format_bytes(plan.budget.bytes)})"
     text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

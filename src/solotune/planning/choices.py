@@ -6,7 +6,7 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Workload
 from solotune.planning.plan import Budget, Candidate
-from solotune.units import format_rate, gib
+from solotune.units import format_bytes, format_rate
 
 
 def chosen_values(config: RunConfig, knobs: MemoryStrategy, depth: int) -> dict[str, object]:
@@ -53,7 +53,7 @@ def choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape,
             why = f"the activations of {depth - n} of {depth} layers fit" if fits else "it needs the least memory"
         found.append(Choice("gradient_checkpointing", _number_of_layers(n, depth), why))
     if settings.base_residency == "auto" and knobs.base_precision == "nf4":
-        dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
+        dequantized_copy = format_bytes(shape.num_frozen * shape.dtype_bytes)
         why = f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
         if knobs.has_dequantized_copy:
             why = f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
@@ -62,7 +62,7 @@ def choices(config: RunConfig, option: Candidate, card: Card, shape: ModelShape,
         found.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
     found += _base_choices(config, option, card, depth)
     if knobs.is_offloaded and settings.offload_is_open:
-        host = f"{gib(option.footprint.host.activations)} GiB"
+        host = format_bytes(option.footprint.host.activations)
         why = "less on the card" if knobs.copies_base else "nothing else fits"
         found.append(Choice("activation_offload", True, f"{why}; it needs {host} of pinned host memory"))
     return found
@@ -77,12 +77,12 @@ def _base_choices(config: RunConfig, option: Candidate, card: Card, depth: int) 
         place = "sharded" if other.knobs.num_shards > 1 else "streamed from host memory"
         instead = f"; {speeds[0]}, {place} {speeds[1]}"
     if knobs.num_streamed and settings.base_offload == "auto":
-        host = gib(used.host.layers)
-        why = f"the base does not fit; {knobs.num_streamed} of {depth} layers stream from {host} GiB of pinned memory"
+        host = format_bytes(used.host.layers)
+        why = f"the base does not fit; {knobs.num_streamed} of {depth} layers stream from {host} of pinned memory"
         return [Choice("base_offload", _number_of_layers(knobs.num_streamed, depth), why + instead)]
     if knobs.num_shards > 1 and settings.base_sharding == "auto":
-        part = gib(used.peers_bytes / (knobs.num_shards - 1))
-        why = f"the base does not fit; each of {knobs.num_shards} GPUs holds {part} GiB of its layers, and copies the "
+        part = format_bytes(used.peers_bytes / (knobs.num_shards - 1))
+        why = f"the base does not fit; each of {knobs.num_shards} GPUs holds {part} of its layers, and copies the "
         why += f"rest from the others over {card.peer_link}"
         return [Choice("base_sharding", True, why + instead)]
     return []
@@ -93,9 +93,8 @@ def notes(shape: ModelShape, work: Workload, option: Candidate, card: Card, budg
     found = []
     used, ranks = option.footprint, work.local_ranks
     if used.host_bytes and ranks > 1:
-        found.append(
-            f"each rank pins its own host memory: {gib(ranks * used.host_bytes)} GiB for the {ranks} GPUs of a machine"
-        )
+        pinned = format_bytes(ranks * used.host_bytes)
+        found.append(f"each rank pins its own host memory: {pinned} for the {ranks} GPUs of a machine")
     if used.host_bytes and budget.host_bytes is None:
         words = f"it pins {used.host.in_words()} of host memory{' for each GPU' if ranks > 1 else ''}"
         found.append(f"{words}; not compared with a host's memory (solotune plan --host-memory 64GiB does)")

@@ -13,7 +13,7 @@ from solotune.planning.layer_profile import MemoryStrategy, Workload
 from solotune.planning.memory import PeakMemory
 from solotune.planning.throughput import Seconds
 from solotune.result_repr import ResultRepr, Table
-from solotune.units import format_bytes, format_duration, format_rate, format_step_time, gib
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time
 
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
@@ -155,7 +155,7 @@ class Plan(ResultRepr):
         way = "gloo" if card.is_cpu else f"{card.peer_link}, {card.all_reduce_bytes / 1e9:.0f} GB/s"
         facts["all-reduce"] = f"{1e3 * took.communication:.1f} ms a step, over {way} (predicted)"
         if self.option.footprint.peers_bytes and not card.is_cpu:
-            copied = f"{gib(self.option.footprint.peers_bytes)} GiB of layers"
+            copied = f"{format_bytes(self.option.footprint.peers_bytes)} of layers"
             facts["sharding"] = f"{copied} from the other GPUs in each pass, at {card.peer_bytes / 1e9:.0f} GB/s"
         return facts
 
@@ -240,36 +240,36 @@ class Plan(ResultRepr):
         used = self.option.footprint
         if self.lacks_host_memory:
             each = f" for each of {self.ranks.local} ranks" if self.ranks.local > 1 else ""
-            free = f"{gib(self.budget.host_bytes or 0)} GiB that are free{each}"
+            free = f"{format_bytes(self.budget.host_bytes or 0)} that are free{each}"
             return CheckError(
                 "the run does not fit in host memory",
-                seen=f"{used.host.in_words()} to pin{each}; the GPU would hold its part, {gib(used.peak_bytes)} GiB",
-                allowed=f"{gib(self.budget.pinnable_bytes or 0)} GiB: {SHARE_OF_HOST:.0%} of the {free}",
+                seen=f"{used.host.in_words()} to pin{each}; the GPU would hold {format_bytes(used.peak_bytes)}",
+                allowed=f"{format_bytes(self.budget.pinnable_bytes or 0)}: {SHARE_OF_HOST:.0%} of the {free}",
                 change=self.suggestion(),
             )
-        seen = (
-            f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
-        )
-        seen += f"allocator, on {self.card.name}"
+        seen = f"a peak of {format_bytes(used.peak_bytes)} ({used.moment}), {format_bytes(used.card_bytes)} with "
+        seen += f"the driver and the allocator, on {self.card.name}"
         return CheckError(
-            "the run does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
+            "the run does not fit in memory",
+            seen=seen,
+            allowed=f"{format_bytes(self.budget.bytes)}: {self.budget.because}",
             change=self.suggestion(),
-        )  # fmt: skip
+        )
 
     def suggestion(self) -> str:
         """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
         if self.changed is None and self.lacks_host_memory:
             needed = self.ranks.local * self.option.footprint.host_bytes / SHARE_OF_HOST
-            return f"{gib(round(needed))} GiB of free host memory, a smaller model, or a larger card"
+            return f"{format_bytes(round(needed))} of free host memory, a smaller model, or a larger card"
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
             cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+            return f"a smaller model, or a card with {format_bytes(least / SHARE_OF_CARD)} ({cards or 'none known'})"
         words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
         after = self.changed.option
         speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
-        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
+        return f"{', '.join(words)} (then {format_bytes(after.footprint.peak_bytes)}, {speed})"
 
 
 def value_in_words(value: object) -> str:

@@ -36,7 +36,7 @@ from solotune.planning.memory import footprint
 from solotune.planning.micro_batch import Workloads, larger_micro_batch
 from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan, Ranks
 from solotune.planning.throughput import seconds
-from solotune.units import gib
+from solotune.units import format_bytes
 
 FREE_MARGIN_BYTES = 256 << 20
 MIN_LENGTH = 128
@@ -104,16 +104,16 @@ def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> B
     if wanted == "auto":
         if free_bytes is not None:
             room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
-            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, minus a margin"
+            because = f"{format_bytes(free_bytes)} of {format_bytes(total)} are free, minus a margin"
             return Budget(room, available - (free_bytes - room), because)
         room = int(SHARE_OF_CARD * total)
-        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {gib(total)} GiB")
+        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {format_bytes(total)}")
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
     if size > total:
         raise InputError(
             f"{settings.source_of('memory_budget')}, memory_budget: more than the memory of the card",
             seen=f"memory_budget: {wanted}",
-            allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
+            allowed=f"at most {format_bytes(total)}, the memory of {card.name}",
             change="memory_budget: auto",
         )
     return Budget(size, available, f"memory_budget: {wanted}")
