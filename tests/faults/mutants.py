@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant("retention keeps the oldest", "killed_in_a_save", [
         Edit("training.checkpoint:keep_newest", "found[: -limit if limit else 0]", "found[limit:] if limit else []")]),
     Mutant("metrics are not synced before a checkpoint counts them", "cut_from_power", [
-        Edit("run.run_dir:RunDirectory.metrics_offset", "atomic_io.sync(self.path / METRICS)", "pass")]),
+        Edit("run.run_dir:RunDirectory.metrics_offset", "atomic_io.sync(self._metrics)", "pass")]),
     Mutant("half a line stays when the disk is full", "out_of_room", [
         Edit("run.atomic_io:append_line", "fs_ops.truncate(handle, path, size)", "pass")]),
     Mutant("the half made is not swept away", "killed_at_data_json", [

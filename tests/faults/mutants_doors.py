@@ -114,7 +114,7 @@ MUTANTS = [
            at("config", "test_configs_that_are_refused[69 hub token]")),
     Mutant("secrets in an error", "cli/main.py", "    message = without_secrets(message)\n", "",
            at("config", "test_69_a_secret_is_not_shown_wherever_it_stands")),
-    Mutant("secrets in a crash file", "cli/main.py", "    text = without_secrets(text)\n", "",
+    Mutant("secrets in a crash file", "cli/main.py", 'without_secrets(f"solotune {', '(f"solotune {',
            at("shown", "test_no_secret_of_the_environment_is_in_a_crash_file_an_error_or_the_machines_record")),
     Mutant("line breaks in a config's name", "config/yaml_reader.py", "return name if name.isprintable() else ascii(name)",
            "return name", at("config", "test_a_configs_name_cannot_write_keys_into_the_saved_config")),
