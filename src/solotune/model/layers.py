@@ -129,7 +129,7 @@ def stream_layers(
 ) -> LayerRing | None:
     """Stream the frozen weights of those layers from host memory, or from the cards of all ranks.
 
-    From host memory, the token embedding goes there too.
+    The token embedding goes to host memory.
 
     Args:
         blocks: the weights of layers that are there already.
@@ -143,8 +143,7 @@ def stream_layers(
     made = [blocks.of(layer) for layer in layers]
     if shared is not None:
         shared.connect(made)
-    else:
-        move_embedding_to_host(module, device)
+    move_embedding_to_host(module, device)
     return LayerRing(layers, made, device)
 
 

@@ -187,7 +187,7 @@ def host_memory(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> Hos
     inputs = shape.layers[: max(0, knobs.num_checkpointed - 1)] if knobs.is_offloaded else ()
     return HostMemory(
         layers=sum(sum(stored_bytes(shape, number, knobs)) for number in numbers),
-        embedding=shape.dtype_bytes * shape.embedding_parameters if numbers else 0,
+        embedding=shape.dtype_bytes * shape.embedding_parameters if knobs.copies_base else 0,
         activations=round(sum(layer.output.at(work.rows, work.tokens) for layer in inputs)),
     )
 

@@ -130,7 +130,7 @@ def _passes(
     leaving = [copy / share for copy in inputs]
     total = streaming(forwards, [copy / share for copy in weights], leaving=leaving, one_link=not is_sharded)
     total += streaming(backwards[::-1], weights[::-1], arriving=inputs[::-1], one_link=not is_sharded)
-    if knobs.num_streamed:  # looked up in host memory before the first layer
+    if knobs.copies_base:  # looked up in host memory before the first layer
         rows_read = shape.hidden_size * positions if shape.embedding_parameters else 0.0
         total += shape.dtype_bytes * rows_read / pace.link
     return total
