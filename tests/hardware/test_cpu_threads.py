@@ -64,7 +64,9 @@ def test_an_error_of_a_piece_comes_out(threads: int) -> None:
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("threads", "numbers"), [(1, 1 << 17), (2, 1 << 17), (6, 6 << 16), (16, 1 << 20), (90, 1 << 20)])
+@pytest.mark.parametrize(
+    ("threads", "numbers"), [(1, 1 << 17), (2, 1 << 17), (6, 6 << 16), (16, 1 << 20), (90, 1 << 20)]
+)
 def test_pieces_grow_with_the_threads_of_which_16_are_used(threads: int, numbers: int) -> None:
     torch.set_num_threads(threads)
     assert numbers_at_once() == numbers

@@ -111,9 +111,12 @@ def test_the_folder_stays_as_it_was_if_a_file_is_not_what_was_written(damaged: s
         if operation == "fsync" and path.as_posix().endswith(f"/{damaged}"):
             path.write_bytes(path.read_bytes()[:-1] + b"?")
 
-    target = tmp_path / "target"
-    with fs_ops.watched(lie), pytest.raises(StorageError) as caught, atomic_io.whole_folder(target) as folder:
-        for name in ("first", "inner/second", "third"):
-            folder.write(name, b"new")
+    def fill() -> None:
+        with atomic_io.whole_folder(tmp_path / "target") as folder:
+            for name in ("first", "inner/second", "third"):
+                folder.write(name, b"new")
+
+    with fs_ops.watched(lie), pytest.raises(StorageError) as caught:
+        fill()
     assert f"read back, {damaged}" in str(caught.value.seen)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "manifest.json", "target"]

@@ -20,7 +20,7 @@ from contextlib import suppress
 
 import torch
 
-NUMBERS_PER_THREAD = 1 << 16  # of a piece: a thread then holds Python's lock for a quarter of the time at most
+NUMBERS_PER_THREAD = 1 << 16  # of a piece: together they then need Python's lock for half of the time at most
 MAX_THREADS = 16  # a piece for more of them leaves the cache of a core
 
 
