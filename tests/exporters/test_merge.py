@@ -105,7 +105,7 @@ def test_dequantized_is_what_was_trained_and_the_others_are_not(run: Path, tmp_p
 def test_threads_and_rows_at_a_time_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, before = open_source(run), torch.get_num_threads()
     one = {into: written(source, tmp_path / into, into) for into in (ORIGINAL, DEQUANTIZED)}
-    monkeypatch.setitem(merging.CHUNKS, "cpu", 300)  # four rows of 64
+    monkeypatch.setattr(merging, "numbers_at_once", lambda: 300)  # four rows of 64
     torch.set_num_threads(3)
     try:
         for into, expected in one.items():

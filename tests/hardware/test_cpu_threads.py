@@ -8,16 +8,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from solotune.hardware.cpu_threads import spread
+from solotune.hardware.cpu_threads import numbers_at_once, spread
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """torch has as many threads as before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest) -> int:
     """torch's threads during a test."""
-    before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 def test_each_piece_is_taken_once_and_each_thread_computes_alone(threads: int) -> None:
@@ -56,3 +62,14 @@ def test_an_error_of_a_piece_comes_out(threads: int) -> None:
     with pytest.raises(MemoryError, match="piece 3"):
         spread(work, range(9))
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("threads", "numbers"), [(1, 1 << 17), (2, 1 << 17), (6, 6 << 16), (16, 1 << 20), (90, 1 << 20)]
+)
+def test_pieces_grow_with_the_threads_of_which_16_are_used(threads: int, numbers: int) -> None:
+    torch.set_num_threads(threads)
+    assert numbers_at_once() == numbers
+    calls = list[None]()
+    spread(lambda pieces: calls.append(None), range(100))
+    assert len(calls) == min(threads, 16) and torch.get_num_threads() == threads

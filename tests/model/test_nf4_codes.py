@@ -54,7 +54,7 @@ def test_a_number_in_the_middle_of_two_values_and_beside_it() -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_chunks_and_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_codes, "CHUNK", 256)
+    monkeypatch.setattr(nf4_codes, "numbers_at_once", lambda: 256)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,7 @@
-"""Files that are written in pieces: bounded memory, the hash of what was written, and nothing left of a failure."""
+"""Files that are written in pieces: bounded memory, the hash of what was written, and nothing left of a failure.
+
+And each is read back before its folder appears.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from solotune.errors import StorageError
-from solotune.run import atomic_io, fs_ops
+from solotune.run import atomic_io, fs_ops, manifest
 from solotune.run.manifest import Entry, check_folder
 
 CHUNK = 1 << 20
@@ -104,3 +108,48 @@ def test_a_line_goes_to_the_file_that_has_the_name_now(tmp_path: Path) -> None:
         shutil.rmtree(folder)
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
         atomic_io.append_line(folder / "metrics.jsonl", "lost\n")
+
+
+def test_a_file_is_read_back_once_while_the_next_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, first_is_read = list[str](), threading.Event()
+
+    def seen(path: Path, limit: int | None = None) -> Entry:
+        entry = manifest_entry_at(path, limit)
+        read.append(path.name)
+        first_is_read.set()
+        return entry
+
+    manifest_entry_at = manifest.entry_at
+    monkeypatch.setattr(manifest, "entry_at", seen)
+
+    def second() -> Iterator[bytes]:
+        yield b"begin"
+        assert first_is_read.wait(10)
+        yield b"end"
+
+    with atomic_io.whole_folder(tmp_path / "made") as folder:
+        folder.write("first", b"1")
+        folder.write("second", second())
+        (folder.path / "third").write_bytes(b"of another program")
+        folder.adopt("third")
+    assert sorted(read) == ["first", "second", "third"] and check_folder(tmp_path / "made") == []
+
+
+@pytest.mark.parametrize("damaged", ["first", "inner/second", "third", "manifest.json"])
+def test_the_folder_stays_as_it_was_if_a_file_is_not_what_was_written(damaged: str, tmp_path: Path) -> None:
+    with atomic_io.whole_folder(tmp_path / "target") as folder:
+        folder.write("file", b"old")
+
+    def lie(operation: str, path: Path, _: bytes) -> None:
+        if operation == "fsync" and path.as_posix().endswith(f"/{damaged}"):
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def fill() -> None:
+        with atomic_io.whole_folder(tmp_path / "target") as folder:
+            for name in ("first", "inner/second", "third"):
+                folder.write(name, b"new")
+
+    with fs_ops.watched(lie), pytest.raises(StorageError) as caught:
+        fill()
+    assert f"read back, {damaged}" in str(caught.value.seen)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "manifest.json", "target"]

@@ -29,7 +29,7 @@ from solotune.errors import InputError
 from solotune.exporters.base_tensors import NAMES, BaseTensor, BaseTensors, as_bytes
 from solotune.exporters.source import ExportSource
 from solotune.hardware import machine as environment
-from solotune.hardware.cpu_threads import spread
+from solotune.hardware.cpu_threads import numbers_at_once, spread
 from solotune.hub.quantised import QUANTISATION
 from solotune.model.adapter import Adapter
 from solotune.model.frozen_linear import NF4Weight
@@ -42,7 +42,7 @@ from solotune.runtime import signals
 ORIGINAL, DEQUANTIZED, REQUANTIZED = "original", "dequantized", "requantized"
 OUTPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5 * 10**9  # of transformers' `save_pretrained` until version 5
-CHUNKS = {"cpu": 1 << 18, "cuda": 1 << 20}  # numbers added and rounded at a time; on a CPU they stay in a core's cache
+CHUNK = 1 << 20  # numbers added and rounded at a time on a GPU
 AHEAD = 2  # tensors that are read or merged while one is written
 _CPU = torch.device("cpu")
 NOT_IN_MERGED = ("_name_or_path", "auto_map", "torch_dtype", "custom_generate", "_from_model_config")
@@ -120,7 +120,7 @@ class Merge:
         Some rows at a time, those of W before they are overwritten.
         """
         merged = W if W.dtype == self.dtype else torch.empty(W.shape, dtype=self.dtype)
-        step = max(1, CHUNKS[device.type] // W.shape[1])
+        step = max(1, (numbers_at_once() if device == _CPU else CHUNK) // W.shape[1])
         scaling = self.adapter.scaling(layer) if layer in self._layers else 0.0
         if scaling:
             A, B = (factor.to(device) for factor in self.adapter.factors(layer))

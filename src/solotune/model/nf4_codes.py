@@ -22,10 +22,9 @@ import numpy as np
 import torch
 
 from solotune.hardware.bnb import functional as bnb
-from solotune.hardware.cpu_threads import spread
+from solotune.hardware.cpu_threads import numbers_at_once, spread
 
 BLOCK = 64  # weights per scale: QLoRA's block size and bitsandbytes' default
-CHUNK = 1 << 17  # weights that a thread takes at a time: all it needs of them stays in the cache of a core
 CELLS = 1 << 14  # between 0 and 1
 ROUNDS_TO_CELLS = 1.5 * 2**23 / CELLS  # float32 numbers near this one are 1 / CELLS apart
 IN_CELL_OF_BOUND = 0x80
@@ -42,43 +41,48 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     flat = weight.detach().contiguous().view(-1)
     size, whole = len(flat), len(flat) // BLOCK * BLOCK
     packed = np.empty(-(-size // 2), np.uint8)  # of NumPy, which asks for large pages: faster to touch first
-    scales = torch.empty(-(-size // BLOCK))
+    scales, step = torch.empty(-(-size // BLOCK)), numbers_at_once()
 
     def work(starts: Iterator[int]) -> None:
-        scratch = _Scratch(min(CHUNK, whole))
+        scratch = None
         for at in starts:
-            end = min(at + CHUNK, whole)
+            end = min(at + step, whole)
+            if scratch is None or scratch.size != end - at:  # only the last chunk is smaller
+                scratch = _Scratch(end - at)
             scratch.quantize(flat[at:end], packed[at // 2 : end // 2], scales[at // BLOCK : end // BLOCK])
 
-    spread(work, range(0, whole, CHUNK))
+    spread(work, range(0, whole, step))
     if whole < size:
         _quantize_rest(flat[whole:].float().numpy(), packed[whole // 2 :], scales[-1:].numpy())
     return torch.from_numpy(packed)[:, None], scales
 
 
 class _Scratch:
-    """Room for a chunk, so that no memory is fetched per operation."""
+    """Room for a chunk and its views, so that no memory is fetched per operation, and few operations are needed."""
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self.x, self.cells = torch.empty(size), torch.empty(size)
         self.codes, self.pairs = np.empty(size, np.uint8), np.empty(size // 2, np.uint16)
+        self.factors = torch.empty(size // BLOCK, 1)
+        self._x_blocks, self._cells_blocks = self.x.view(-1, BLOCK), self.cells.view(-1, BLOCK)
+        self._codes = torch.from_numpy(self.codes)
 
     def quantize(self, numbers: torch.Tensor, packed: np.ndarray, scales: torch.Tensor) -> None:
         """Write the codes and scales of whole blocks."""
-        size = len(numbers)
-        x, magnitudes = self.x[:size].copy_(numbers), self.cells[:size]
-        torch.abs(x, out=magnitudes)
-        torch.amax(magnitudes.view(-1, BLOCK), 1, out=scales)
-        x.view(-1, BLOCK).mul_(scales.clamp(min=SMALLEST).reciprocal_()[:, None])
-        _pack(self._codes(x), packed, self.pairs[: size // 2])
+        self.x.copy_(numbers)
+        torch.abs(self.x, out=self.cells)
+        torch.amax(self._cells_blocks, 1, out=scales)
+        torch.clamp(scales, min=SMALLEST, out=self.factors.view(-1))
+        self._x_blocks.mul_(self.factors.reciprocal_())
+        self._find_codes()
+        _pack(self.codes, packed, self.pairs)
 
-    def _codes(self, x: torch.Tensor) -> np.ndarray:
+    def _find_codes(self) -> None:
         """How many bounds each number exceeds."""
-        codes = self.codes[: len(x)]
-        torch.index_select(_table(), 0, _cell(x, self.cells[: len(x)]), out=torch.from_numpy(codes))
-        (near,) = (codes.view(np.uint64) & UPPER_BITS != 0).nonzero()  # eight at a time, since they are few
-        codes.reshape(-1, 8)[near] = _searched(x.numpy().reshape(-1, 8)[near])
-        return codes
+        torch.index_select(_table(), 0, _cell(self.x, self.cells), out=self._codes)
+        (near,) = (self.codes.view(np.uint64) & UPPER_BITS != 0).nonzero()  # eight at a time, since they are few
+        self.codes.reshape(-1, 8)[near] = _searched(self.x.numpy().reshape(-1, 8)[near])
 
 
 def _quantize_rest(x: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
