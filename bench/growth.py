@@ -72,7 +72,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
+    from solotune.planning import plan_inputs
+
     make_weights_here()
+    shapes = plan_inputs.shapes_of()
     folder = Path(tempfile.mkdtemp(prefix="growth-"))
     args.out.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -83,7 +86,7 @@ def main() -> None:
         for grows, case in cases():
             if not any(text in f"{grows} {case.name}" for text in args.only):
                 continue
-            plan, _ = plan_of(case, folder)
+            plan = plan_of(case, folder, shapes, None)
             chosen = {key: getattr(plan.resolved, key) for key in KEYS}
             result: dict[str, Any] = {"grows": grows, "case": case.name, "chosen": chosen}
             result |= run(case, plan.resolved, args.steps)

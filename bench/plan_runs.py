@@ -1,6 +1,7 @@
 """Predicted and measured peak memory and step time of many configs, on this machine's GPU.
 
     python -m bench.plan_runs [--set resident|streamed|70B] [--only TEXT ...] [--workers 8] [--out FOLDER] [--steps 4]
+    ... --limit          as on a card that has no more memory than the case's memory_budget: plan and process
 
 Each case (`bench.plan_cases`) is a model's shape, the walkthrough's config with overrides, and full rows of random
 tokens. Settling, plan, model, optimizer and step are the product's own; only the weights are made on the GPU and the
@@ -59,19 +60,26 @@ def config_of(case: Case, folder: Path, layers: int | None = None) -> Any:
     return RunConfig.validated(config.model_dump(), sources, config.name)
 
 
-def plan_of(case: Case, folder: Path, shapes: Any, link: float | None) -> Any:
+def plan_of(case: Case, folder: Path, shapes: Any, link: float | None, is_limited: bool = False) -> Any:
     """The plan, for this machine's card as if it were empty.
 
     Args:
         shapes: as of `plan_inputs.shapes_of`; it keeps the shapes that several cases share.
         link: bytes a second from host memory to the card; None: measured now.
+        is_limited: as if the card had no more memory than the case's `memory_budget`.
     """
     from solotune.hardware import machine as environment
     from solotune.planning import plan_inputs
+    from solotune.planning.constants import CONTEXT_BYTES
+    from solotune.planning.planner import bytes_of
 
     machine = environment.probe()
     machine = replace(machine, gpu_free_bytes=machine.gpu_bytes)  # the others that warm up are gone by then
     config, _ = environment.resolve_for_machine(config_of(case, folder), machine)
+    if is_limited:
+        size = bytes_of(str(config.memory_budget))
+        machine = replace(machine, gpu_bytes=size, gpu_free_bytes=size - CONTEXT_BYTES)
+        config = config.replaced("a card of that size", memory_budget="auto")
     card, free = plan_inputs.card_here(machine, config.use_cpu)
     card = card if link is None else replace(card, link_bytes=link)
     return plan_on(card, config, case, shapes, free, machine.ram_free_bytes)
@@ -177,10 +185,10 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     }
 
 
-def predict(case: Case, folder: Path, shapes: Any) -> dict[str, Any]:
+def predict(case: Case, folder: Path, shapes: Any, is_limited: bool) -> dict[str, Any]:
     """First pass of a case: its plan; and the compiler's cache filled by two steps of one layer."""
     link = json.loads((folder / "link.json").read_text())
-    plan = plan_of(case, folder, shapes, link)
+    plan = plan_of(case, folder, shapes, link, is_limited)
     settled = {key: getattr(plan.resolved, key) for key in (*SETTLED, *MICRO_BATCH)}
     found = {"case": case.name, "predicted": plan.to_json(), "settled": settled}
     if plan.resolved.torch_compile:
@@ -194,8 +202,23 @@ def predict(case: Case, folder: Path, shapes: Any) -> dict[str, Any]:
     return found
 
 
-def measure(cases: Iterable[Case], folder: Path, steps: int) -> Iterator[dict[str, Any]]:
+def limit_memory(card_bytes: int) -> None:
+    """Let this process have as much memory as on a card of that size, in which CUDA itself takes a part, too."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    used_by_cuda = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((card_bytes - used_by_cuda) / total)
+
+
+def measure(cases: Iterable[Case], folder: Path, steps: int, is_limited: bool) -> Iterator[dict[str, Any]]:
     """Second pass: the cases of one model, in this process."""
+    from solotune.hardware import machine as environment
+    from solotune.planning.planner import bytes_of
+
+    environment.probe()  # lets the allocator's segments grow, as in a run; it is too late once torch is loaded
     import torch
 
     from solotune.errors import DeviceError
@@ -204,6 +227,8 @@ def measure(cases: Iterable[Case], folder: Path, steps: int) -> Iterator[dict[st
     for case in cases:
         before = json.loads((folder / f"{CASES.index(case)}.json").read_text())
         config = settled_config(case, folder, before["settled"])
+        if is_limited:
+            limit_memory(bytes_of(str(config.memory_budget)))
         try:
             yield {**before, "measured": run(case, config, steps)}
         except (torch.OutOfMemoryError, DeviceError) as error:
@@ -256,9 +281,10 @@ def _host_memory(results: list[dict[str, Any]]) -> list[str]:
     return [f"Pinned host memory: worst error {max(map(abs, errors)):.1%} of {len(errors)} runs."] if errors else []
 
 
-def _child(mode: str, numbers: list[int], folder: Path, steps: int) -> Iterator[str]:
+def _child(mode: str, numbers: list[int], folder: Path, args: argparse.Namespace) -> Iterator[str]:
     """The lines that a process of its own prints, as they come."""
-    command = [sys.executable, "-m", "bench.plan_runs", "--child", mode, "--folder", str(folder), "--steps", str(steps)]
+    command = [sys.executable, "-m", "bench.plan_runs", "--child", mode, "--folder", str(folder)]
+    command += ["--steps", str(args.steps), *["--limit"] * args.limit]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             [*command, *map(str, numbers)], stdout=subprocess.PIPE, stderr=errors, text=True
@@ -287,6 +313,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--limit", action="store_true", help="limit the memory to the case's memory_budget")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--child", choices=["link", "predict", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -305,9 +332,10 @@ def _in_child(args: argparse.Namespace) -> None:
 
         shapes = plan_inputs.shapes_of()
         for number in args.numbers:
-            (args.folder / f"{number}.json").write_text(json.dumps(predict(CASES[number], args.folder, shapes)))
+            found = predict(CASES[number], args.folder, shapes, args.limit)
+            (args.folder / f"{number}.json").write_text(json.dumps(found))
     else:
-        for result in measure([CASES[number] for number in args.numbers], args.folder, args.steps):
+        for result in measure([CASES[number] for number in args.numbers], args.folder, args.steps, args.limit):
             print(json.dumps(result), flush=True)
 
 
@@ -321,9 +349,9 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="plan-runs-"))
     started = time.perf_counter()
-    list(_child("link", [], folder, args.steps))
+    list(_child("link", [], folder, args))
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(lambda some: list(_child("predict", some, folder, args.steps)), _batches(chosen, args.workers)))
+        list(pool.map(lambda some: list(_child("predict", some, folder, args)), _batches(chosen, args.workers)))
     print(f"planned and compiled in {time.perf_counter() - started:.0f} s", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
@@ -332,7 +360,7 @@ def main() -> None:
             ready = [n for n in chosen if CASES[n].model == model and (folder / f"{n}.json").is_file()]
             if not ready:
                 continue
-            for line in _child("measure", ready, folder, args.steps):
+            for line in _child("measure", ready, folder, args):
                 if line.startswith("{"):
                     results.append(json.loads(line))
                     file.write(line)

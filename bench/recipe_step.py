@@ -7,6 +7,7 @@
     python -m bench.recipe_step MODEL_FOLDER --memory-budget 9GiB
     python -m bench.recipe_step MODEL_FOLDER --chats chats.jsonl           # real rows, packed, one epoch
     ... [--steps 6] [--json] [--profile] [key=value ...]
+    torchrun --standalone --nproc-per-node=2 -m bench.recipe_step MODEL_FOLDER [base_sharding=true]
 
 Every figure comes out of one call of `solotune.train`: the config is `examples/walkthrough.yaml` with overrides, two
 micro-batches a step, and the rows are read, the plan made, the model loaded, the preflight run and the steps timed as
@@ -16,6 +17,9 @@ The rows are random words in a file of plain text, one row longer than `max_leng
 exactly `max_length` tokens, all supervised: no padding flatters or hurts, and another trainer can be measured beside it
 without a data set. Figures are medians over the steps after the first two, which compile and record.
 
+Under torchrun a step has twice the rows on two GPUs: tokens per second are those of all, memory is that of the first,
+which prints.
+
 `--chats` takes rows out of a file instead; tokens are then those of the rows alone, without padding. `--profile` runs
 one more step and says where the GPU's time went in it.
 """
@@ -24,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import shlex
@@ -40,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 from bench.machine import table
 from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
+from solotune.runtime.world import World
 
 if TYPE_CHECKING:
     from solotune.run.events import StepEvent
@@ -48,6 +54,11 @@ RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 COMMON = ("gradient_accumulation_steps=2", "validation_size=0", "save_strategy=no")
 CHATS = ("packing=true", "num_train_epochs=1")
 STEPS, NUM_WARM_UP = 6, 2
+
+
+def world() -> World:
+    """The ranks that torchrun has started."""
+    return World.of_environment(os.environ)
 
 
 def write_full_rows(path: Path, count: int, max_length: int) -> None:
@@ -87,7 +98,7 @@ def with_rows(args: argparse.Namespace, folder: Path) -> list[str]:
     if args.chats:
         return [*overrides, f"dataset={args.chats}", "dataset_split=train"]
     config = load_config(RECIPE, overrides)
-    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * world().size
     write_full_rows(folder / "rows.jsonl", rows_per_step * config.max_steps, config.max_length)
     return [*overrides, f"dataset={folder / 'rows.jsonl'}", "dataset_split=train"]
 
@@ -143,6 +154,7 @@ class Measured:
         result = {
             "card": torch.cuda.get_device_name() if on_cuda else "CPU",
             "torch": torch.__version__,
+            "ranks": world().size,
             "trainable": self.summary["trainable_parameters"],
             "load_seconds": round(self.clock.phase_seconds["loading model"], 1),
             "first_step_seconds": round(tried["first_step_seconds"] if tried else steps[0].step_seconds, 1),
@@ -165,8 +177,8 @@ class Measured:
         return json.loads((self.run / name).read_text(encoding="utf-8"))
 
 
-def measure(args: argparse.Namespace, folder: Path) -> Measured:
-    """One run of `solotune train`, with its rows and its files in `folder`."""
+def measure(args: argparse.Namespace, folder: Path) -> Measured | None:
+    """One run of `solotune train`, with its rows and its files in `folder`; None on a rank that records nothing."""
     import torch
 
     import solotune
@@ -177,6 +189,8 @@ def measure(args: argparse.Namespace, folder: Path) -> Measured:
     clock = Clock(num_untimed if args.profile else None)
     overrides = [*with_rows(args, folder), f"output_dir={folder / 'run'}"]
     result = solotune.train(RECIPE, overrides, display=clock)
+    if not world().is_owner:
+        return None
     whole = clock.steps[: max(1, len(clock.steps) - num_untimed - args.profile)]
     choices = [f"{choice.key}: {choice.value}" for choice in result.choices]
     found = Measured(result.run_dir, clock, result.summary, choices, whole[NUM_WARM_UP:])
@@ -235,7 +249,9 @@ def kernel_times(profiler: Any, step_seconds: float) -> dict[str, Any]:
 def command_of(arguments: Sequence[str]) -> str:
     """The command that gives a row, without the folders of this machine."""
     words = [Path(word).name if "=" not in word and "/" in word else word for word in arguments]
-    return shlex.join(["python", "-m", "bench.recipe_step", *(word for word in words if word != "--json")])
+    ranks = world().size
+    start = ["torchrun", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else ["python"]
+    return shlex.join([*start, "-m", "bench.recipe_step", *(word for word in words if word != "--json")])
 
 
 def table_row(result: dict[str, Any]) -> str:
@@ -251,7 +267,8 @@ def table_row(result: dict[str, Any]) -> str:
         "planned: step s": planned["step_seconds"],
         "the plan chose": ", ".join(f"{one['key']}: {one['value']}" for one in planned["choices"]) or "nothing",
     }
-    return f"{result['card']}, torch {result['torch']}\n\n{table(list(cells), [list(cells.values())])}"
+    cards = f"{result['ranks']} x {result['card']}" if result["ranks"] > 1 else result["card"]
+    return f"{cards}, torch {result['torch']}\n\n{table(list(cells), [list(cells.values())])}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -272,7 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory(prefix="recipe-step-") as folder:
-        result = {"command": command_of(arguments), **measure(args, Path(folder)).to_json()}
+        if (found := measure(args, Path(folder))) is None:
+            return
+        result = {"command": command_of(arguments), **found.to_json()}
     if args.json:
         print(json.dumps(result), flush=True)
         return

@@ -136,7 +136,8 @@ MORE = {
     "doctor": "[install](../install.md)",
     "init": "[tutorial](../tutorial.md#3-your-own-chats), [coming from another tool](../coming_from.md)",
     "data": "[data formats](../data.md)",
-    "plan": "[recipes](../recipes.md), [how far to trust a plan](../../bench/results/plan.md)",
+    "plan": "[recipes](../recipes.md), [several GPUs](../several-gpus.md), "
+    "[how far to trust a plan](../../bench/results/plan.md)",
     "train": "[tutorial](../tutorial.md#5-train-on-a-rented-gpu), [config](../config.md), "
     "[what may change before a resume](../config.md#what-may-change-before---resume)",
     "watch": "[watch a run](../trackers.md)",

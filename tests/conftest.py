@@ -1,8 +1,13 @@
-"""Fixtures that many tests share; no test reaches a hub."""
+"""Fixtures that many tests share; no test reaches a hub.
+
+What takes seconds to import is imported where it is used: the process that hands the tests out runs none of them, and
+the others begin after it has read this file.
+"""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -14,63 +19,48 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="solotune-test-cache-")
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-import transformers
-from tiny import FAMILIES, SHORT_RUN, chat_rows, save_tokenizer
 
-from solotune.config.load import load_config
-from solotune.config.run_config import RunConfig
-from solotune.hub.model_files import ModelFiles, resolve_model
-from solotune.planning import plan_inputs
-from solotune.planning.layer_profile import ModelShape
-from tests import messages
+if TYPE_CHECKING:
+    from solotune.config.run_config import RunConfig
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
-torch.set_num_threads(1)  # for models this small a second thread costs more than it computes
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_folders_have_one_name(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tests import messages
+
     messages.temporary = str(tmp_path_factory.getbasetemp())
 
 
-READ_BY_SHAPES = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
-    *("attn_implementation", "max_length", "multiplies_in_fp8", "bf16", "torch_compile"),
-)
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """For models this small a second thread costs more than it computes."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _plans_look_once_at_a_model() -> Iterator[None]:
-    """The shape of a model and the speed of this machine are worked out once in a process, not in each of its runs.
-
-    Both are four fifths of the time of a tiny run. A shape follows from config.json and the config alone; tests of
-    either call `model_shape` and `cpu_gflops` where they are defined, and get no shape that is kept.
-    """
-    kept: dict[object, ModelShape] = {}
-    look = plan_inputs.model_shape
-
-    def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
-        files = model_files or resolve_model(config)
-        read = [getattr(config, name) for name in READ_BY_SHAPES]
-        key = repr([sorted(files.config.items()), *read])
-        if key not in kept:
-            kept[key] = look(config, files)
-        return kept[key]
+    from tests import plans
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_inputs, "model_shape", model_shape)
-        patch.setattr(plan_inputs, "cpu_gflops", cache(plan_inputs.cpu_gflops))
+        plans.look_once(patch)
         yield
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """family -> a folder with a random model of it, in the clear (weights large enough that nothing is near zero)."""
+    import torch
+    import transformers
+    from tiny import FAMILIES
+
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -93,6 +83,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 @pytest.fixture
 def tiny_config(model_folder: Callable[[str], Path]) -> Callable[..., RunConfig]:
     """A float32 CPU config on a tiny model; keywords change keys."""
+    from solotune.config.load import load_config
 
     def make(family: str = "llama", **keys: object) -> RunConfig:
         plain: dict[str, object] = {
@@ -120,6 +111,10 @@ def tiny_config(model_folder: Callable[[str], Path]) -> Callable[..., RunConfig]
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory):
     """A random Llama with a byte tokenizer and a ChatML template."""
+    import torch
+    import transformers
+    from tiny import FAMILIES, save_tokenizer
+
     folder = tmp_path_factory.mktemp("chat-model")
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).save_pretrained(folder)
@@ -130,6 +125,8 @@ def chat_model(tmp_path_factory):
 @pytest.fixture
 def chat_config(chat_model, tmp_path, monkeypatch):
     """Keys of a run in `tmp_path`, which becomes the working directory."""
+    from tiny import SHORT_RUN, chat_rows
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
     return {
@@ -160,8 +157,22 @@ LONG = (
     "hardware/test_gpu_errors.py",
     "training/test_preflight.py",
     "cli/test_commands.py",
+    "api/test_init.py",
+    "faults/test_doors_foreign.py",
 )
 """Files that take long: they go first, so that none begins when the other process has nothing left to do."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Iterator[None]:
+    """Nothing that is imported goes away again, and it is not looked through for garbage: that took a quarter of the
+    time of a collection (6 of 27 s), went on in the tests, and had each of their forks copy what it looked at."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -173,6 +184,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order = {here / name: place for place, name in enumerate(LONG)}
     assert all(path.is_file() for path in order), "a file of LONG is gone"
     items.sort(key=lambda item: order.get(item.path, len(LONG)))
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -57,6 +57,7 @@ TESTED_IN = {
     "evaluation/test_standard_tasks_real.py": ["evaluation.lm_eval_model"],
     "exporters/test_serve.py": ["exporters.serve_process"],
     "exporters/test_source.py": ["exporters.base_tensors"],
+    "model/test_layer_blocks.py": ["model.host_blocks"],
     "exporters/test_merge_choice.py": ["exporters.measure", "exporters.probe_texts"],
     "api/test_train.py": ["api.data", "api.evaluate", "config.settings"],
     "runtime/test_world.py": ["runtime.rendezvous"],

@@ -117,6 +117,15 @@ def run_dir_of(error: BaseException) -> Path | None:
     return next((note.run_dir for note in getattr(error, "__notes__", ()) if isinstance(note, RunNote)), None)
 
 
+SAID_BY_ANOTHER_RANK = "another rank of this run says why it has ended"
+"""Note on an exception (`add_note`) that the command line does not print once more."""
+
+
+def is_said(error: BaseException) -> bool:
+    """Whether another rank of the run tells the user about this exception."""
+    return SAID_BY_ANOTHER_RANK in getattr(error, "__notes__", ())
+
+
 class InputError(SolotuneError):
     """The config, the data or the model folder cannot be used as it is."""
 

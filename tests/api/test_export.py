@@ -20,6 +20,7 @@ from solotune.errors import CheckError, DirectoryInUseError, InputError
 from solotune.exporters import export_folder, export_plan, merge_choice, parity, write_artifacts
 from solotune.exporters.artifact import Parity
 from solotune.exporters.source import open_source
+from solotune.hardware.ram import Ram
 from solotune.model.adapter import Adapter
 from solotune.run import atomic_io
 from solotune.run.manifest import check_folder
@@ -179,7 +180,7 @@ def test_what_is_not_what_was_trained_is_a_problem_with_exit_code_3(
 
 
 def test_what_cannot_be_compared_is_said(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "ram", lambda: (0, 1000))
+    monkeypatch.setattr(parity, "ram", lambda: Ram(0, 1000))
     result = solotune.export(copied)
     assert result.ok and [[p.mean_kl for p in one.parity] for one in result.artifacts] == [[None], [None]]
     assert "pip install peft" in result.artifacts[0].notes[-1] and "not loaded again" in result.artifacts[1].notes[0]

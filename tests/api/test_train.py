@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from datetime import date
 from types import SimpleNamespace
@@ -318,7 +317,7 @@ def test_init_writes_a_config_that_loads_and_names_every_key(config, tmp_path):
 def command(capfd):
     """command(*arguments) -> exit code, stdout and stderr of the command line, in this process, which has imported torch.
 
-    What the process itself adds is tested by `test_json_is_one_object_on_stdout` and in tests/cli.
+    What the process itself adds is tested in tests/faults/test_doors_hostile.py and in tests/cli.
     """
 
     def run(*arguments):
@@ -378,22 +377,6 @@ def test_bad_input_is_exit_2_with_one_clear_message_and_no_run(case, config, tmp
     for word in words:
         assert word in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
-
-
-def test_json_is_one_object_on_stdout(config, tmp_path):
-    (tmp_path / "run.yaml").write_text("model_name_or_path: x\ndataset: y\n")
-    arguments = ["train", "run.yaml", *as_arguments({**config, "max_steps": 2}), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "solotune", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Trainable parameters: " in done.stderr
-    result = json.loads(done.stdout)
-    assert result["run"] == "run"
-    assert result["evaluation"]["tuned"]["tokens"] > 0
-    assert result["trainable_fits"][0] == {
-        "r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    }  # fmt: skip
 
 
 def test_the_summary_names_this_runs_targets_first_and_others_of_the_same_count(config, tmp_path):

@@ -202,7 +202,7 @@ def test_at_60_columns_and_without_utf_8_every_line_fits(encoding):
     console = Console(file=stream, width=60, force_terminal=True, color_system=None, markup=False)
     display = LiveDisplay(1, console)
     RunFollower(run, display, lambda event: f"{event.code}: {event.says}").poll()
-    display._progress.refresh()
+    display._live.refresh()
     stream.flush()
     live = raw.getvalue().decode(encoding).split("\x1b[2K")[-1]
     bar, *below = live.replace("\r", "").splitlines()
@@ -210,6 +210,7 @@ def test_at_60_columns_and_without_utf_8_every_line_fits(encoding):
     assert below[0] == ("held-out 1.6500 ± 0.0100 (step 4), best 1.3500 (step 1)" if encoding != "ascii" else
                         "held-out 1.6500 +- 0.0100 (step 4), best 1.3500 (step 1)")  # fmt: skip
     assert below[1] == "memory 3.0 of 4.0 GiB planned" and below[2].startswith("F54: lora_A ")
+    assert len(below[2]) == 60 and below[2].endswith("…" if encoding == "utf-8" else ".")  # cut
     assert "\x1b[2J" not in live
     run.release()
 

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 import solotune
 from bench import recipe_step
@@ -93,6 +94,18 @@ def test_the_table_names_the_command_and_json_is_one_object(chat_model, capsys):
     recipe_step.main([*words, "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["command"] == command and result["tokens_per_second"] > 0
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("sharding", ["false", "true"])
+def test_two_ranks_take_rows_for_both_and_the_first_prints(sharding, chat_model, tmp_path):
+    words = [str(chat_model), "--steps", "4", "--json", *TINY, f"base_sharding={sharding}"]
+    ranks = Ranks(2, lambda rank: recipe_step.main(words) or 0, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    result = json.loads(ranks.said(0).splitlines()[-1])
+    assert (result["ranks"], len(result["losses"])) == (2, 4)
+    assert result["command"].startswith("torchrun --standalone --nproc-per-node=2 -m bench.recipe_step ")
+    assert ranks.said(1) == ""
 
 
 def quoted():

@@ -274,6 +274,18 @@ python: load_in_4bit is only an alias for base_precision: nf4
                 "base_precision and matmul_precision: base_precision: nf4 with matmul_precision: fp8; fp8 matmuls keep only the fp8 weights; remove base_residency: quantized"
             ),
         ),
+        (
+            {"base_sharding": True, "base_offload": 3},
+            snapshot(
+                "base_sharding and base_offload: frozen layers lie on the GPUs, or in host memory; use base_offload: false, or base_sharding: false"
+            ),
+        ),
+        (
+            {"base_sharding": True, "base_residency": "dequantized"},
+            snapshot(
+                "base_residency and base_sharding: an unpacked copy of all layers is kept on each GPU, which sharding saves; use base_residency: quantized, or base_sharding: false"
+            ),
+        ),
     ],
 )
 def test_contradictions_are_refused(keys, said):

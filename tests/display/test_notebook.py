@@ -9,6 +9,7 @@ import pytest
 
 from solotune.config.run_config import Choice
 from solotune.display import notebook
+from solotune.display.meter import Meter
 from solotune.display.notebook import NotebookDisplay, showing
 from solotune.display.progress import LiveDisplay, PlainDisplay, SilentDisplay
 from solotune.errors import CheckError, InterruptedRunError, resume_command
@@ -76,6 +77,19 @@ def test_the_bar_has_loss_speed_memory_and_remaining_time(cell, clock):
     assert (
         '<progress value="8" max="60"' in cell[0][-1]["text/html"] and "8/60 held-out rows" in cell[0][-1]["text/html"]
     )
+
+
+def test_the_words_of_the_bar_are_made_when_it_is_shown(cell, clock, monkeypatch):
+    made = []
+    monkeypatch.setattr(Meter, "figures", lambda meter: made.append(meter.last.step) or [])
+    shown = NotebookDisplay(logging_steps=1000)
+    shown.begin(1000)
+    for number in range(1, 10):
+        shown.step(metrics(number, total=1000))
+    assert made == []
+    clock[0] += 1
+    shown.step(metrics(10, total=1000))
+    assert set(made) == {10}
 
 
 def test_text_of_data_is_text_and_the_log_in_the_cell_is_bounded(cell, clock):

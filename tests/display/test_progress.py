@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import itertools
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from solotune.dataset import DataReport
 from solotune.dataset.packing import account
 from solotune.display import progress
 from solotune.display.meter import Meter
+from solotune.display.observer import Resilient
 from solotune.display.progress import LiveDisplay, PlainDisplay, SilentDisplay, make_console, make_display
 from solotune.evaluation.compare import Evaluation, Sample
 from solotune.evaluation.scores import Score
@@ -181,6 +182,22 @@ def test_a_long_line_stays_one_line_in_a_log():
     assert piped(lambda console: PlainDisplay(1, console).note("word " * 100)).count("\n") == 1
 
 
+def test_a_tab_in_a_log_takes_the_places_of_one():
+    assert (
+        piped(lambda console: PlainDisplay(1, console).note("a\tb\nlong word\tc")) == "a       b\nlong word       c\n"
+    )
+
+
+def test_a_closed_pipe_ends_the_display_alone_and_nothing_is_left_to_flush(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:  # whose buffer is flushed at its end
+        monkeypatch.setattr("sys.stdout", stream)
+        display = Resilient(PlainDisplay(1, make_console(stream)))
+        display.note("a line")
+        assert display.failure == "Broken pipe"
+
+
 def test_silent_display_has_every_method():
     stream = io.StringIO()
     display = SilentDisplay()
@@ -200,7 +217,7 @@ def test_live_line_fits_the_terminal_and_goes_away(columns, monkeypatch):
     display.begin(12_000)
     for step in (1_203, 1_204):
         display.step(metrics(step, total=12_000, num_tokens=50_000, peak_bytes=42 << 30))
-    display._progress.refresh()
+    display._live.refresh()
     live = stream.getvalue().splitlines()[-1].split("\r")[-1].removeprefix("\x1b[2K")
     assert len(live) == columns
     assert live[0] in "━╸"
@@ -216,21 +233,29 @@ def test_the_words_of_the_live_line_are_made_when_it_is_drawn(monkeypatch):
     made = []
     monkeypatch.setattr(Meter, "figures", lambda meter: made.append(meter.last.step) or [])
     display = LiveDisplay(100, Console(file=Terminal(), width=80, force_terminal=True))
-    display._progress.live.auto_refresh = False
+    display._live.auto_refresh = False
     display.begin(100)
     for step in range(1, 10):
         display.step(metrics(step))
     assert made == []
-    display._progress.refresh()
+    display._live.refresh()
     assert made == [9]
     display.finish()
 
 
 def test_live_display_leaves_a_line_with_its_seconds_for_each_phase(monkeypatch):
-    ticks = itertools.count(step=1.5)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
-    text = "\n".join(shown_on(80, lambda console: a_run(LiveDisplay(2, console))))
-    assert "loading model  1.5 s" in text
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def loading(console: Console) -> None:
+        nonlocal now
+        display = LiveDisplay(2, console)
+        display.phase("loading model")
+        now += 1.5
+        a_run(display)
+        display.finish()
+
+    assert "loading model  1.5 s" in "\n".join(shown_on(80, loading))
 
 
 def test_live_display_shows_how_far_a_phase_is():
@@ -238,7 +263,7 @@ def test_live_display_shows_how_far_a_phase_is():
         display = LiveDisplay(2, console)
         display.phase("loading model")
         display.progress(3, 9, "tensors")
-        display._progress.refresh()  # rich draws four times a second, by its own clock
+        display._live.refresh()  # rich draws four times a second, by its own clock
         display.finish()
 
     assert "3/9 tensors" in "\n".join(shown_on(80, loading))

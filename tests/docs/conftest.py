@@ -20,6 +20,9 @@ from solotune.hub.model_files import ModelFiles
 from solotune.planning import plan_inputs
 from solotune.planning.layer_profile import ModelShape
 from tests.docs.pages import DOCS, ROOT, blocks
+from tests.exporters.conftest import in_this_process
+
+__all__ = ["in_this_process"]
 
 HUB_MODELS = (
     *("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"),

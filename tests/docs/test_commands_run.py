@@ -34,6 +34,7 @@ NOT_RUN = {
     r"\. \.venv/bin/activate": "changes the reader's shell",
     r"solotune train solotune\.yaml report_to=wandb": "needs an extra; tests/trackers/test_libraries_real.py trains with it",
     r"solotune evaluate runs/first --tasks .*": "needs an extra; tests/evaluation/test_standard_tasks_real.py asks tasks",
+    r"srun sh .*|export MASTER_ADDR=.*": "needs Slurm",
     r"(srun )?torchrun .*|--[a-z-]+[= ].*": "needs GPUs, or several machines; tests/api/test_ranks.py starts torchrun",
     r"solotune serve .*": "waits for requests; tests/exporters/test_serve_real.py asks a server",
     r"solotune export their_adapter .*": "needs another trainer's adapter; tests/exporters/test_source.py opens one",
@@ -148,7 +149,7 @@ WITH_BLOCKS = [
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_says_works(page: Path, at_work, short_experiments, monkeypatch):
+def test_what_a_page_says_works(page: Path, at_work, short_experiments, in_this_process, monkeypatch):
     monkeypatch.setattr(main_module, "quieten", lambda: None)  # would silence libraries in the tests that follow
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     monkeypatch.setattr(LiveServer, "wait", lambda server: None)  # Ctrl-C at once

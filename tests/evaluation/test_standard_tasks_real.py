@@ -104,7 +104,7 @@ def test_scores_are_those_of_lm_eval_itself(run: Path, tasks: Path, chat_model: 
     assert found["text bits_per_byte"].p_value < 0.05 and found["answer bleu"].verdict == "not tested"
     saved = json.loads((run / "evaluation.json").read_text())["tasks"]
     assert saved == json.loads(json.dumps(result.to_json()["tasks"]))
-    assert "--apply-chat-template asks them through the chat template" in display.notes[-1]
+    assert any("--apply-chat-template asks them through the chat template" in note for note in display.notes)
     assert logging.getLogger("lm_eval").propagate
 
 

@@ -114,6 +114,7 @@ def sample(document: int, prompt: str = "p", **values: object) -> dict[str, obje
     [
         ([sample(0, acc=1)], [sample(0, "q", acc=1)], "document 0"),
         ([sample(0, acc=1)], [sample(1, acc=1)], "document 1"),
+        ([sample(0, acc=1)], [{**sample(0, acc=1), "doc_hash": "another"}], "document 0"),
         ([sample(0, acc=1)], [sample(0, acc=1), sample(1, acc=1)], "1 and 2 samples"),
         ([sample(0, acc=1), sample(0, acc=1)], [sample(0, acc=1)] * 2, "2 and 2 samples"),
     ],
@@ -141,3 +142,31 @@ def test_what_a_task_of_ones_own_may_log():
         None,
         ("0.1000", "0.9000", "+0.8000"),
     )
+
+
+def test_what_one_model_alone_logs_and_what_is_no_number_is_left_out():
+    base = [sample(i, acc=1, said="x", bits=(-2.0, i)) for i in range(3)]  # the first document has no bytes
+    tuned = [sample(i, acc=1, said="y", bits=(-1.0, i), more=1) for i in range(3)]
+    values = {"said,none": ("x", "y"), "bits,none": (2.0, 1.0)}
+    found = score_tasks([LoggedTask("mine", base, tuned, values, {"bits": Metric("bits_per_byte", False)})])
+    assert [(one.metric, one.verdict) for one in found] == [("acc", "inside the noise"), ("bits", "not tested")]
+
+
+def test_a_group_is_left_out_if_a_task_in_it_has_no_numbers_and_undirected_if_they_differ():
+    def task(name: str, higher: bool, values: list) -> LoggedTask:
+        samples = [sample(i, acc=value) for i, value in enumerate(values)]
+        return LoggedTask(name, samples, samples, {}, {"acc": Metric("mean", higher)})
+
+    group = Group("both", "acc", None, ["a", "b"], True)
+    mixed, *_ = score_tasks([task("a", True, [0, 1]), task("b", False, [1])], [group])
+    assert (mixed.task, mixed.rows, mixed.higher_is_better) == ("both", 3, None)
+    broken = dataclasses.replace(task("b", True, [[1]]), values={"acc,none": (1.0, 1.0)})
+    assert [one.task for one in score_tasks([task("a", True, [0, 1]), broken], [group])] == ["a", "b"]
+
+
+def test_a_large_score_is_rounded_and_none_is_too_large():
+    how = {"perplexity": Metric("perplexity", False), "count": Metric("mean", True)}
+    base = [sample(i, perplexity=-2000.0, count=1234.56) for i in range(2)]
+    found = {one.metric: one for one in score_tasks([LoggedTask("mine", base, base, {}, how)])}
+    assert found["count"].cells == ("1234.6", "1234.6", "+0.0 ± 0.0")
+    assert found["perplexity"].base == math.exp(700) and "e+304" in found["perplexity"].cells[0]

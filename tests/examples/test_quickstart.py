@@ -11,7 +11,15 @@ import pytest
 from nbclient import NotebookClient
 from tiny import chat_rows
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+LOOK_ONCE = f"""
+import pytest, sys
+sys.path.append({str(ROOT)!r})
+from tests import plans
+plans.look_once(pytest.MonkeyPatch())
+"""
 
 STOPPED = """
 import os, pathlib, signal, threading, time
@@ -39,7 +47,8 @@ def notebook(chat_model, tmp_path_factory):
     book = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     cells = {cell.id: cell for cell in book.cells if cell.cell_type == "code"}
     assert not any(cell.outputs or cell.execution_count for cell in cells.values())
-    cells["parameters"].source = f"model, steps = {str(chat_model)!r}, 4"  # instead of the demo's model and 60 steps
+    # instead of the demo's model and 60 steps
+    cells["parameters"].source = f"model, steps = {str(chat_model)!r}, 4{LOOK_ONCE}"
     for name, source in (("stopped", STOPPED), ("alive", ALIVE)):
         cells[name] = nbformat.v4.new_code_cell(source, id=name)
         book.cells.append(cells[name])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from tiny import FAMILIES, SHORT_RUN, chat_rows, save_tokenizer
 
 import solotune
 from solotune.display.progress import SilentDisplay
+from solotune.exporters import served_ids, template_parity
 
 LLAMA = {**FAMILIES["llama"]().to_dict(), "intermediate_size": 128}  # bitsandbytes' CPU kernel wants multiples of 64
 
@@ -65,3 +71,23 @@ def train(export_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def run(train: Callable[..., Path]) -> Path:
     """A finished run; tests export with `out`, or copy it."""
     return train()
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that makes the ids of an exported folder without its process, whose imports take seconds.
+
+    tests/api/test_export.py and one test of tests/exporters/test_template_parity.py start the process.
+    """
+
+    def run(command: list[str], input: bytes, **_: object) -> subprocess.CompletedProcess[bytes]:
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as written:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
+            try:
+                served_ids.main(command[-1])
+            except ValueError as error:
+                return subprocess.CompletedProcess(command, 1, b"", f"Traceback\n{error}".encode())
+        return subprocess.CompletedProcess(command, 0, written.getvalue().encode(), b"")
+
+    asked = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(template_parity, "subprocess", asked)

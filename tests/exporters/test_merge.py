@@ -102,6 +102,19 @@ def test_dequantized_is_what_was_trained_and_the_others_are_not(run: Path, tmp_p
     assert torch.equal(found, W.bfloat16())
 
 
+def test_threads_and_rows_at_a_time_change_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, before = open_source(run), torch.get_num_threads()
+    one = {into: written(source, tmp_path / into, into) for into in (ORIGINAL, DEQUANTIZED)}
+    monkeypatch.setattr(merging, "numbers_at_once", lambda: 300)  # four rows of 64
+    torch.set_num_threads(3)
+    try:
+        for into, expected in one.items():
+            found = written(source, tmp_path / f"{into}-3", into)
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_shards_are_the_base_s_and_a_large_one_is_split(
     run: Path, export_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,7 @@
 """Token ids of training against those of an engine, and of transformers on an exported folder."""
 
-import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,11 @@ import transformers
 from tiny import CHATML
 
 from solotune.errors import InputError
-from solotune.exporters import served_ids, template_parity
 from solotune.exporters.conversations import Conversation, conversations, text_conversations
 from solotune.exporters.template_parity import TrainedIds, compare_token_ids, folder_parity, missing_ends
+from tests.exporters.conftest import in_this_process
+
+__all__ = ["in_this_process"]
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """The child's program without its process, whose imports take seconds."""
-
-    def run(command, input, **_):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
-        monkeypatch.setattr(sys, "stdout", written := io.StringIO())
-        try:
-            served_ids.main(command[-1])
-        except ValueError as error:
-            return template_parity.subprocess.CompletedProcess(command, 1, b"", f"Traceback\n{error}".encode())
-        return template_parity.subprocess.CompletedProcess(command, 0, written.getvalue().encode(), b"")
-
-    monkeypatch.setattr(template_parity.subprocess, "run", run)
 
 
 @pytest.mark.parametrize(("prompt_format", "least"), [("chat", 350), ("text", 50)])

@@ -48,11 +48,11 @@ MUTANTS = [
     Mutant("a removed checkpoint may come back in part", "cut_from_power_in_retention", [
         Edit("run.atomic_io:_set_aside", "fs_ops.sync_folder(path.parent)", "pass")]),
     Mutant("a checkpoint is not read back", "lied_to", [
-        Edit("run.atomic_io:whole_folder", "for file, problem in check_folder(partial):", "for file, problem in ():")]),
+        Edit("run.atomic_io:whole_folder", "for file, problem in check.problems():", "for file, problem in ():")]),
     Mutant("retention keeps the oldest", "killed_in_a_save", [
         Edit("training.checkpoint:keep_newest", "found[: -limit if limit else 0]", "found[limit:] if limit else []")]),
     Mutant("metrics are not synced before a checkpoint counts them", "cut_from_power", [
-        Edit("run.run_dir:RunDirectory.metrics_offset", "atomic_io.sync(self.path / METRICS)", "pass")]),
+        Edit("run.run_dir:RunDirectory.metrics_offset", "atomic_io.sync(self._metrics)", "pass")]),
     Mutant("half a line stays when the disk is full", "out_of_room", [
         Edit("run.atomic_io:append_line", "fs_ops.truncate(handle, path, size)", "pass")]),
     Mutant("the half made is not swept away", "killed_at_data_json", [

@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ import torch
 import transformers
 from inline_snapshot import snapshot
 from safetensors.torch import save_file
-from tiny import FAMILIES, chat_rows, save_tokenizer
+from tiny import FAMILIES, SHORT_RUN, chat_rows, save_tokenizer
 
 from tests.faults.damaged_models import FIRST, INDEX, Q, config, index
 from tests.messages import error_in
@@ -359,24 +360,49 @@ PLANTED = ("torch", "json", "transformers", "jinja2", "safetensors", "sitecustom
            "pydantic", "yaml", "numpy", "markupsafe", "readline")  # fmt: skip
 
 
-def test_python_files_in_the_working_directory_are_not_imported(tmp_path: Path, sharded: Path) -> None:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> SimpleNamespace:
+    """`python -m solotune train --json` in a process of its own, in a folder of Python files that nobody should import.
+
+    Where Python looks for packages lies one called `kernels`, which bitsandbytes would ask for native code from the
+    hub. One process for the three tests: what it imports takes most of its time.
+    """
+    here, packages = tmp_path_factory.mktemp("planted"), tmp_path_factory.mktemp("packages")
+    python(*(f"{name}.py" for name in PLANTED), "solotune_plugin/__init__.py")(here)
+    (packages / "kernels.py").write_text(f"def get_kernel(*_, **__):\n    open({str(packages / 'MARKER')!r}, 'w')\n")
+    shutil.copytree(sharded, here / "model")
+    (here / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(60)))
+    keys = {**SHORT_RUN, "model_name_or_path": "model", "dataset": "chats.jsonl", "validation_size": 10,
+            "output_dir": "run", "max_steps": 1, "num_samples": 2, "max_new_tokens": 2}  # fmt: skip
+    (here / "run.yaml").write_text(json.dumps(keys))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{packages}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-X", "importtime", "-m", "solotune", "train", "run.yaml", "--json"]
+    done = subprocess.run(command, cwd=here, env=environment, text=True, stdin=subprocess.DEVNULL, capture_output=True)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    said = "\n".join(line for line in lines if not line.startswith("import time:"))
+    assert done.returncode == 0, said[-3000:]
+    return SimpleNamespace(here=here, packages=packages, out=done.stdout, said=said, imported=imported)
+
+
+def test_python_files_in_the_working_directory_are_not_imported(trained: SimpleNamespace) -> None:
     """Not even by `python -m`, which looks there first; the `solotune` command does not look there at all."""
-    python(*(f"{name}.py" for name in PLANTED), "solotune_plugin/__init__.py")(tmp_path)
-    shutil.copytree(sharded, tmp_path / "model")
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_rows(3)))
-    (tmp_path / "run.yaml").write_text("model_name_or_path: model\ndataset: chats.jsonl\nvalidation_size: 0\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "solotune", "data", "run.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert not list(tmp_path.rglob("MARKER"))
+    assert {"torch", "transformers", "safetensors", "pydantic"} <= trained.imported
+    assert not list(trained.here.rglob("MARKER"))
 
 
-def test_bitsandbytes_is_imported_without_fetching_kernels(tmp_path: Path) -> None:
+def test_bitsandbytes_is_imported_without_fetching_kernels(trained: SimpleNamespace) -> None:
     """Where the package `kernels` is installed it would be asked for native code from the hub."""
-    python("kernels.py")(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"}
-    program = "import sys; from solotune.model import frozen_linear; sys.exit('kernels' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "MARKER").exists()
+    assert "bitsandbytes" in trained.imported
+    assert not (trained.packages / "MARKER").exists()
+
+
+def test_json_is_one_object_on_stdout(trained: SimpleNamespace) -> None:
+    """Of a whole process, with what its libraries write there."""
+    assert "Trainable parameters: " in trained.said
+    result = json.loads(trained.out)
+    assert result["run"] == "run"
+    assert result["evaluation"]["tuned"]["tokens"] > 0
+    assert result["trainable_fits"][0] == {
+        "r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }  # fmt: skip

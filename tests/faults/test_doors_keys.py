@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.faults.test_doors_config import MINIMAL, branches
 ROOT = Path(__file__).parents[2] / "src" / "solotune"
 
 
+@cache
 def read_attributes() -> set[str]:
     """Names that are read as attributes anywhere in the package but in the config's own file."""
     found: set[str] = set()
@@ -36,20 +38,26 @@ def values_of(key: str) -> set[Any]:
     return found
 
 
-def through_the_config(key: str) -> set[str]:
-    """Methods and properties of RunConfig that read a key, also by a name such as `f"{what}_steps"`."""
+@cache
+def methods() -> dict[str, str]:
+    """The source of each method and property of RunConfig."""
     tree = ast.parse((ROOT / "config/run_config.py").read_text())
     (body,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunConfig")
-    found = set()
-    for method in body.body:
-        if (isinstance(method, ast.FunctionDef) and not method.decorator_list) or (
-            isinstance(method, ast.FunctionDef)
-            and any(getattr(d, "id", "") == "property" for d in method.decorator_list)
-        ):
-            text = ast.unparse(method)
-            if f"self.{key}" in text or ("{what}_" in text and key.endswith(("_steps", "_strategy"))):
-                found.add(method.name)
-    return found
+    return {
+        method.name: ast.unparse(method)
+        for method in body.body
+        if isinstance(method, ast.FunctionDef)
+        and (not method.decorator_list or any(getattr(d, "id", "") == "property" for d in method.decorator_list))
+    }
+
+
+def through_the_config(key: str) -> set[str]:
+    """Methods and properties of RunConfig that read a key, also by a name such as `f"{what}_steps"`."""
+    return {
+        name
+        for name, text in methods().items()
+        if f"self.{key}" in text or ("{what}_" in text and key.endswith(("_steps", "_strategy")))
+    }
 
 
 @pytest.mark.parametrize("key", RunConfig.model_fields)

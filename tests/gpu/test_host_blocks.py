@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import save_model
 
-from solotune.model.host_blocks import MAX_INCOMPLETE
+from solotune.model.layer_blocks import MAX_INCOMPLETE
 from solotune.model.limits import RING_SLOTS
 from solotune.model.loading import load_model
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from solotune.hardware import doctor, machine
+from solotune.hardware.ram import Ram
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -192,9 +193,9 @@ def test_floors_are_those_of_pyproject():
 
 
 def test_little_memory_and_little_disk(monkeypatch):
-    monkeypatch.setattr(machine, "ram", lambda: (4 * GIB, 2 * GIB))
+    monkeypatch.setattr(machine, "ram", lambda: Ram(4 * GIB, 2 * GIB, "memory.max"))
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=19 * GIB))
-    assert checks("memory")[0][:2] == ("warn", "2.0 of 4.0 GiB free")
+    assert checks("memory")[0][:2] == ("warn", "2.0 of 4.0 GiB free (memory.max of a cgroup limits it)")
     assert checks("disk")[0][:2] == ("warn", "19.0 GiB free")
 
 

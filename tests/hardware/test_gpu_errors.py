@@ -137,14 +137,14 @@ def test_nothing_is_half_written_and_the_run_resumes_to_the_same_end(keys, fail_
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-@pytest.mark.parametrize("error", LOST, ids=lambda error: str(error)[:30])
+@pytest.mark.parametrize("error", [one for one in LOST if "ECC" not in str(one)], ids=lambda error: str(error)[:30])
 def test_a_lost_card_names_the_last_checkpoint_and_is_not_asked_anything(keys, fail_at, monkeypatch, error):
     fail_at(5, error)
     monkeypatch.setattr(gpu_errors, "gpu_memory", lambda: pytest.fail("the card was asked"))
     assert failure_of(keys) == (
         "the GPU failed, and this process cannot use it any more; the last checkpoint is run/checkpoints/step-000004\n"
         f"  seen:    {str(error).splitlines()[0]}\n"
-        f"  change:  check the card with nvidia-smi, then continue with: {RESUME}"
+        f"  change:  check the card (nvidia-smi; Xid errors in dmesg), then continue with: {RESUME}"
     )
 
 

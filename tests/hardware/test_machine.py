@@ -214,19 +214,6 @@ def test_importing_machine_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], env=where, check=False).returncode == 0
 
 
-def test_a_containers_memory_limit_counts(monkeypatch):
-    files = {
-        "/proc/meminfo": "MemTotal: 1048576 kB\nMemAvailable: 900000 kB\nHugePages_Total: 0\n",
-        "/sys/fs/cgroup/memory.max": "536870912\n",
-        "/sys/fs/cgroup/memory.current": "136870912\n",
-        "/sys/fs/cgroup/memory.stat": "anon 5\ninactive_file 100000000\n",
-    }
-    monkeypatch.setattr(environment, "_text", lambda path: files.get(path, ""))
-    assert environment.ram() == (536870912, 500_000_000)
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert environment.ram() == (1 << 30, 900000 << 10)
-
-
 def test_nvidia_smi_of_any_quality(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -9,7 +9,7 @@ from tiny import FAMILIES, VOCAB, random_rows, save_model
 
 from solotune.dataset.collate import collate
 from solotune.errors import InputError
-from solotune.model.layers import layers_on_host
+from solotune.model.layers import streamed_layers
 from solotune.model.limits import offloaded_layers
 from solotune.model.loading import load_model
 from solotune.training.forward_backward import MicroBatchRunner, accumulate
@@ -77,7 +77,7 @@ def test_streamed_layers_give_the_same_bits(family, precision, checkpointing, of
 def test_layers_of_different_sizes_share_slots_of_the_largest(offload, loaded):
     keys = {"base_precision": "nf4", "base_residency": "quantized", "gradient_checkpointing": 2}
     resident, streamed = loaded("mixture", **keys), loaded("mixture", **keys, base_offload=offload)
-    sizes = {host.numel() for host in streamed.ring._hosts}
+    sizes = {block.num_bytes for block in streamed.ring._blocks}
     assert len(sizes) == 2 and streamed.ring.num_bytes_on_device == 2 * max(sizes)
     for seed in range(2):
         for one, other in zip(one_pass(resident, seed), one_pass(streamed, seed), strict=True):
@@ -126,16 +126,17 @@ def test_which_layers_the_config_means(wanted, numbers):
     assert offloaded_layers(wanted, DEPTH) == numbers
 
 
-@pytest.mark.parametrize("offload", [True, 2])
-def test_layers_that_share_a_part_are_refused(offload):
+@pytest.mark.parametrize("keys", [{"base_offload": True}, {"base_offload": 2}, {"base_sharding": True}])
+def test_layers_that_share_a_part_are_refused(keys, tiny_config):
+    precision, (key,) = tiny_config(**keys).precision, keys
     config = FAMILIES["llama"]()
     config.num_hidden_layers = DEPTH
     module = transformers.AutoModelForCausalLM.from_config(config)
-    assert len(layers_on_host(module, offload)) == (DEPTH if offload is True else 2)
+    assert len(streamed_layers(module, precision)) == (DEPTH if keys[key] is True else 2)
     module.model.layers[3].mlp = module.model.layers[2].mlp
-    with pytest.raises(InputError, match="layers of llama share parts, so they cannot be streamed alone"):
-        layers_on_host(module, offload)
-    assert layers_on_host(module, False) == []
+    with pytest.raises(InputError, match=f"{key}: layers of llama share parts, so they cannot be streamed alone"):
+        streamed_layers(module, precision)
+    assert streamed_layers(module, tiny_config().precision) == []
 
 
 @pytest.mark.parametrize(("value", "seen"), [(0, "0"), (-3, "-3"), (2.5, "2.5"), ("some", "some")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,22 +74,43 @@ def test_a_streamed_run_is_the_resident_run_and_goes_on_as_either(keys, tmp_path
     solotune.verify("streamed")
     check_reading(tmp_path / "streamed")
 
-    plain, steps = loop.train_step, []
-
-    def lost(*args):
-        steps.append(args)
-        if len(steps) == 4:
-            raise RuntimeError("CUDA error: unspecified launch failure")
-        return plain(*args)
-
-    monkeypatch.setattr(loop, "train_step", lost)
-    with pytest.raises(DeviceError):
-        solotune.train({**keys, "output_dir": "stopped", "base_offload": True})
-    monkeypatch.setattr(loop, "train_step", plain)
+    with monkeypatch.context() as patch:
+        lose_the_card_in_a_copy(patch, step=4)
+        with pytest.raises(DeviceError) as caught:
+            solotune.train({**keys, "output_dir": "stopped", "base_offload": True})
+    assert str(caught.value) == (
+        "the memory of the GPU has an error that ECC cannot correct; "
+        "the last checkpoint is stopped/checkpoints/step-000002\n"
+        "  seen:    CUDA error: uncorrectable ECC error encountered (NVIDIA H200, cuda:1)\n"
+        "  change:  reset the card (nvidia-smi --gpu-reset, or restart the machine), then continue with: "
+        "solotune train stopped/config.yaml output_dir=stopped --resume"
+    )
+    (failed,) = [event for event in metrics_of(RunDirectory(tmp_path / "stopped")) if event["event"] == "device_failed"]
+    assert "NVIDIA H200, cuda:1" in failed["seen"]
     solotune.train({**keys, "output_dir": "stopped", "base_offload": 1}, resume=True)
     assert drop_times(result_of(tmp_path / "stopped")) == expected
     (resumed,) = [event for event in metrics_of(RunDirectory(tmp_path / "stopped")) if event["event"] == "resume"]
     assert resumed["exact"] is True
+
+
+def lose_the_card_in_a_copy(patch, step):
+    """In that step's backward the ring gets the error of a copy, as CUDA reports it: at a later call."""
+    train_step, enter, steps = loop.train_step, LayerRing.enter, []
+
+    def counted(*args):
+        steps.append(args)
+        return train_step(*args)
+
+    def lost(ring, position):
+        if len(steps) == step and torch._C._current_graph_task_id() != -1:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECC")
+        enter(ring, position)
+
+    patch.setattr(loop, "train_step", counted)
+    patch.setattr(LayerRing, "enter", lost)
+    patch.setattr(torch.cuda, "is_initialized", lambda: True)
+    patch.setattr(torch.cuda, "current_device", lambda: 1)
+    patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(name="NVIDIA H200"))
 
 
 def check_reading(path):
@@ -116,7 +138,7 @@ def test_every_layer_in_host_memory_is_looked_at_before_a_save_under_its_own_nam
         slot.fill_(0xFF)  # NaN: memory that nothing was copied into yet
     model.ring.forget()
     assert nonfinite.nonfinite_tensors(model, optimizer) == []
-    model.ring._hosts[3].fill_(0xFF)
+    model.ring._blocks[3].host.fill_(0xFF)
     found = nonfinite.nonfinite_tensors(model, optimizer)
     assert found and all(name.startswith("frozen model.layers.3.") for name in found)
 

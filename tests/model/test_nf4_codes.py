@@ -36,6 +36,7 @@ def test_zeros_the_smallest_numbers_and_the_largest() -> None:
     weight[24] = torch.finfo(torch.float32).max
     weight[25, 1:] = 0
     weight[26] = -0.0
+    weight[27] *= 2e-39  # its scale counts as 1e-38
     check(weight)
     check(weight[:27, :33].contiguous())
     check(torch.zeros(3, 21))
@@ -51,8 +52,21 @@ def test_a_number_in_the_middle_of_two_values_and_beside_it() -> None:
     check(torch.cat([row, row[:46]])[None])
 
 
-def test_chunks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4_codes, "CHUNK", 256)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    for shape in [(50, 64), (4, 64), (31, 65), (1, 255), (1, 257)]:
-        check(torch.randn(shape).bfloat16())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_chunks_and_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_codes, "numbers_at_once", lambda: 256)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in [(50, 64), (4, 64), (31, 65), (1, 255), (1, 257)]:
+            check(torch.randn(shape).bfloat16())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_numbers_that_are_not_finite_keep_a_scale_that_is_not() -> None:
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        weight = torch.ones(2, 64)
+        weight[1, 5] = bad
+        scales = quantize_nf4(weight)[1]
+        assert scales[0] == 1 and not scales[1].isfinite()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from solotune.hardware.ram import Ram
 from solotune.model import residency
 from solotune.model.frozen_linear import NF4Weight
 from solotune.model.residency import settle_residency
@@ -27,7 +28,7 @@ def copies(module):
     ("free", "kept"), [(GIB, True), (4 * 2 * 64 * 128 * 4, False), (4 * 2 * 64 * 128 * 4 + 1, True)]
 )
 def test_auto_takes_a_quarter_of_the_free_memory_at_most(free, kept, weights, monkeypatch):
-    monkeypatch.setattr(residency, "ram", lambda: (4 * GIB, free))
+    monkeypatch.setattr(residency, "ram", lambda: Ram(4 * GIB, free))
     (choice,) = settle_residency(weights, "auto", torch.float32, CPU)
     assert (choice.key, choice.value) == ("base_residency", "dequantized" if kept else "quantized")
     assert copies(weights) == (2 if kept else 0)

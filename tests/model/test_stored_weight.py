@@ -25,6 +25,7 @@ def precision_of(name: str) -> PrecisionSettings:
             "multiplies_in_fp8": False,
             "base_residency": "auto",
             "base_offload": False,
+            "base_sharding": False,
             "bf16": True,
             **PRECISIONS[name][1],
         }

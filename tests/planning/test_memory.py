@@ -94,8 +94,8 @@ def test_a_host_without_the_memory_is_no_place_for_the_base():
     assert plan.lacks_host_memory and plan.changes == []
     assert stable(plan.refusal()) == snapshot("""\
 the run does not fit in host memory
-  seen:    1.4 GiB (0.4 of frozen layers, 1.0 of the embedding) to pin; the GPU would hold its part, 4.9 GiB
-  allowed: 0.9 GiB: 90% of the 1.0 GiB that are free
+  seen:    1.4 GiB (0.4 of frozen layers, 1.0 of the embedding) to pin; the GPU would hold 4.9 GiB
+  allowed: 922 MiB: 90% of the 1.0 GiB that are free
   change:  1.6 GiB of free host memory, a smaller model, or a larger card\
 """)
     assert not planned(**small, base_offload=False, host=1 * GIB).lacks_host_memory

@@ -88,10 +88,9 @@ def test_what_cannot_be_traced_leaves_no_traceback_on_the_screen(tiny_config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_a_shape_with_the_parameters_that_it_has(family, tiny_config):
-    config = tiny_config(family)
-    shape = model_shape(config)
-    model = load_model(config, CPU, torch.float32)
+def test_every_family_has_a_shape_with_the_parameters_that_it_has(family, tiny_config, shape_of):
+    shape = shape_of(family)
+    model = load_model(tiny_config(family, lora_dropout=0.1), CPU, torch.float32)
     assert shape.num_trainable == model.num_trainable
     linears = [m for m in model.module.modules() if isinstance(m, FrozenLinear)]
     assert sum(linear.count for linear in shape.linears) == len(linears)

@@ -16,7 +16,9 @@ from solotune import cli
 from solotune.config.load import load_config
 from solotune.dataset.sampler import BatchSampler
 from solotune.errors import CheckError
+from solotune.hardware import machine as environment
 from solotune.hardware.machine import Machine, probe
+from solotune.hardware.ram import Ram
 from solotune.planning import plan_inputs, planner
 from solotune.planning.micro_batch import MicroBatch
 from solotune.run.run_dir import RunDirectory
@@ -200,7 +202,7 @@ def test_a_host_that_is_too_small_is_named_with_its_sizes(config, capsys):
     code, found = plan_as_json(capsys, str(config), *small)
     assert (code, found["fits"], found["host_budget_bytes"]) == (3, False, int(0.9 * int(0.01 * 2**20)))
     assert cli.main(["plan", str(config), *small]) == 3
-    assert "GiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
+    assert "MiB of free host memory, a smaller model, or a larger card" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_host_memory_that_is_no_size_is_refused(config, capsys):
@@ -233,10 +235,11 @@ def test_without_a_gpu_it_is_this_machines_cpu(config):
 
 def test_the_gpu_that_is_here_is_planned_for_with_what_is_free(config, monkeypatch):
     here = {**vars(probe()), "gpu": "NVIDIA L4", "gpu_bytes": 23 * GIB, "gpu_free_bytes": 9 * GIB, "num_gpus": 1}
-    machine = Machine(**{**here, "compute_capability": (8, 9)})
+    machine = Machine(**{**here, "compute_capability": (8, 9), "ram_limited_by": "memory.max"})
     checked = load_config(config)
     found = plan_inputs.plan_for(checked, machine, None)
-    assert found.card.name == "l4"
+    assert found.card.name == "l4" and machine.ram.in_words() in found.notes
+    assert "memory.max" not in str(plan_inputs.plan_for(checked, machine, None, "l4").notes)
     assert 8 * GIB < found.budget.bytes < 9 * GIB
     assert "9.0 GiB of 23.0 GiB are free" in found.budget.because
 
@@ -270,12 +273,13 @@ def test_a_run_follows_its_plan_and_keeps_it_beside_what_was_measured(runnable):
     assert YAML(typ="safe").load(text)["gradient_checkpointing"] is False
 
 
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(runnable):
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded_or_written(runnable, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "ram", lambda: Ram(16 * GIB, 8 * GIB, "memory.max"))
     quick = ["use_cpu=true", "max_steps=2", "output_dir=run", "memory_budget=100MiB"]
-    with pytest.raises(CheckError) as raised:
-        solotune.train(runnable, quick)
-    assert raised.value.exit_code == 3
-    assert "memory_budget: 100MiB" in str(raised.value)
+    assert cli.main(["train", str(runnable), *quick]) == CheckError.exit_code == 3
+    shown = "".join(capsys.readouterr())
+    assert "memory_budget: 100MiB" in shown
+    assert "8.0 of 16.0 GiB of host memory are free (memory.max of a cgroup limits it)" in shown
     assert not os.path.exists("run")
 
 
@@ -314,3 +318,92 @@ def test_packed_passes_are_planned_in_the_shape_they_are_padded_to(config):
     eager = checked.replaced("test", torch_compile=False)
     as_they_are = plan_inputs.work_of(eager.batches, eager.evaluation, prepared)
     assert as_they_are.mean_tokens < checked.max_length
+
+
+# --- several ranks
+
+
+def test_cards_of_one_machine_are_planned_for_together(config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, found = plan_as_json(capsys, str(config), "--gpu", "h100x2")
+    assert code == 0 and found["ranks"]["size"] == 2 and found["ranks"]["link"] == "NVLink"
+    assert found["ranks"]["rows_per_step"] == 2 * 4 * 8
+    assert found["ranks"]["tokens_per_second_per_gpu"] == found["tokens_per_second"] / 2
+    assert cli.main(["plan", str(config), "--gpu", "h100x2"]) == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    assert "peak memory on each of 2 h100" in words and "tokens/s on 2 GPUs (predicted)" in words
+    assert "4 x 8 of the 64 rows of a step" in words and "over NVLink, 310 GB/s (predicted)" in words
+    assert max(len(line) for line in out.splitlines() if "because" not in line) <= 80
+
+
+def test_the_host_memory_that_is_given_is_that_of_the_whole_machine(config, capsys):
+    _, found = plan_as_json(capsys, str(config), "--gpu", "4090x2", "--host-memory", "8GiB", "base_offload=true")
+    assert found["host_budget_bytes"] == int(0.9 * 4 * GIB)
+    assert found["ranks"]["host_bytes_of_all"] == 2 * found["host_bytes"] > 0
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+def test_sharding_over_one_card_is_refused(config, capsys):
+    assert cli.main(["plan", str(config), "--gpu", "h100", "base_sharding=true"]) == 2
+    assert error_in(capsys.readouterr().err) == snapshot("""\
+command line, base_sharding: a base is split over the GPUs of one machine
+  seen:    a plan for one h100
+  allowed: --gpu h100x2, or on the machine: torchrun --nproc-per-node=2 -m solotune plan CONFIG
+  change:  base_sharding: auto\
+""")
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> Machine:
+    """This machine with two H100 in it, which reach each other."""
+    here = {**vars(probe()), "gpu": "NVIDIA H100 80GB HBM3", "gpu_bytes": 80 * GIB, "gpu_free_bytes": 79 * GIB}
+    versions = {"triton": "there", **here["versions"]}
+    machine = Machine(**{**here, "num_gpus": 2, "compute_capability": (9, 0), "versions": versions})
+    monkeypatch.setattr(plan_inputs.several_gpus, "pairs_without_peer_access", lambda count: [])
+    monkeypatch.setattr("solotune.hardware.machine.probe", lambda: machine)
+    return machine
+
+
+def test_under_torchrun_it_is_the_plan_of_its_ranks_and_rank_0_prints_it(two_gpus, config, capsys, monkeypatch):
+    for name, value in {**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    _, found = plan_as_json(capsys, str(config))
+    assert (found["ranks"]["size"], found["ranks"]["on_one_machine"], found["ranks"]["link"]) == (4, 2, "NVLink")
+    assert any("the time of the network between machines is not known" in note for note in found["notes"])
+    _, named = plan_as_json(capsys, str(config), "--gpu", "h100")
+    assert "ranks" not in named  # a named card counts, and not the launcher
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["plan", str(config), "use_cpu=true"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_machine_with_two_gpus_is_told_what_both_would_give(two_gpus, config):
+    alone = solotune.plan(config, ["learning_rate=1e-4"])
+    assert alone.ranks.size == 1
+    assert alone.notes[0].endswith(
+        f"(predicted): torchrun --standalone --nproc-per-node=2 -m solotune train {config} learning_rate=1e-4"
+    )
+    assert alone.notes[0].startswith("on the 2 GPUs of this machine: ") and "times as fast" in alone.notes[0]
+
+
+@pytest.mark.parametrize("reach", [True, False])
+def test_gpus_that_do_not_reach_each_other_have_no_nvlink(two_gpus, monkeypatch, reach):
+    monkeypatch.setattr(plan_inputs.several_gpus, "pairs_without_peer_access", lambda count: [] if reach else [(0, 1)])
+    card, _ = plan_inputs.card_here(two_gpus, False)
+    assert (card.has_peer_access, card.peer_link) == (reach, "NVLink" if reach else "PCIe")
+
+
+def test_a_step_waits_for_the_rank_with_the_longest_rows(config):
+    from solotune import dataset
+
+    checked = load_config(config, ["gradient_accumulation_steps=1", "per_device_train_batch_size=3"]).on_ranks(2)
+    prepared = dataset.prepare(checked, dataset.load_tokenizer(checked))
+    lengths = [len(row.input_ids) for row in prepared.train]
+    steps = [[row for m in step for row in m] for step in BatchSampler.of(checked.batches, len(lengths)).steps(0)]
+    work = plan_inputs.work_of(checked.batches, checked.evaluation, prepared)
+    assert (work.ranks, work.rows, work.accumulation, work.steps) == (2, 3, 1, 6)
+    assert work.mean_tokens == pytest.approx(sum(max(lengths[row] for row in step) for step in steps) / 6)
+    assert work.tokens_per_step == pytest.approx(sum(lengths[row] for step in steps for row in step) / 6)

@@ -193,9 +193,12 @@ def test_a_metric_of_the_users_own_is_shown_as_the_number_it_is(tmp_path: Path) 
     }
     evaluation["tasks"] = [one.to_json() for one in score_tasks(*logged())]
     evaluation["tasks"] += ["torn", {"task": "torn"}]
+    evaluation["tasks"].append({**evaluation["tasks"][0], "task": "t" * 250})
+    evaluation["tasks"].append({**evaluation["tasks"][0], "task": "gsm8k", "filter": "strict-match"})
     said = Tags(build_page(write_run(tmp_path / "run", evaluation=evaluation))).text
     for figure in (
         "answer exact_match",
+        "gsm8k acc (strict-match)",
         "100.0% ± 0.0",
         "+100.0 points",
         "0.0039, better",
@@ -203,7 +206,8 @@ def test_a_metric_of_the_users_own_is_shown_as_the_number_it_is(tmp_path: Path) 
         "not tested",
     ):
         assert figure in said, figure
-    assert "torn" not in said
+    assert "torn" not in said and "(none)" not in said
+    assert "t" * 200 in said and "t" * 201 not in said
     assert "7.5000 ± 0.2500" in said and "-4.5" in said and "750.0%" not in said
     assert "50.0% ± 18.0" in said and "+50.0 points" in said
 

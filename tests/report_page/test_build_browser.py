@@ -205,6 +205,31 @@ def long_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "long.html"
 
 
+def test_of_a_run_of_200_000_steps_no_more_corners_are_drawn_than_a_chart_has_pixels(
+    browser: Any, long_page: Path
+) -> None:
+    """Without this the next test passes on a fast machine: corners are what a frame takes its time for."""
+    with Tab(browser, long_page) as tab:
+        tab.page.locator("#chart-loss").scroll_into_view_if_needed()
+        tab.page.click("[data-for=loss] [data-do=in]")
+        tab.page.wait_for_timeout(300)
+        count = """async () => {
+          const isSeen = ({ top, bottom }) => bottom > -50 && top < innerHeight + 50;
+          const seen = [...document.querySelectorAll(".plot")].filter((one) => isSeen(one.getBoundingClientRect()));
+          const lineTo = Path2D.prototype.lineTo;
+          let corners = 0, pixels = 0;
+          for (const one of seen) pixels += one.clientWidth * JSON.parse(one.dataset.chart).lines.length;
+          Path2D.prototype.lineTo = function (...at) { corners++; return lineTo.apply(this, at); };
+          const how = { deltaY: 20, shiftKey: true, bubbles: true, cancelable: true };
+          document.querySelector("#chart-loss").dispatchEvent(new WheelEvent("wheel", how));
+          for (let i = 0; i < 5; i++) await new Promise(requestAnimationFrame);
+          return [corners, pixels, seen.length];
+        }"""
+        corners, pixels, charts = tab.page.evaluate(count)
+        print(f"{corners:,} corners in {charts} charts, whose lines have {pixels:,} pixels across")
+        assert charts and pixels / 4 < corners <= pixels
+
+
 def seconds_of_work(browser: Any) -> dict[str, float]:
     """Of the tracing that ends here: the processors' seconds for scripts, for the rest of the page's thread (styles,
     painting), and for drawing in other threads and processes. What they waited for a processor does not count."""

@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -89,6 +90,18 @@ def test_a_rank_on_another_machine_is_known_by_its_beats_only() -> None:
     assert "its machine or the network has failed" in stop.lost.problem
 
 
+def test_a_failed_transfer_is_blamed_on_a_machine_that_is_silent() -> None:
+    store = Store()
+    beats = beating(store, Peer(1, os.getpid(), "near", "near"), Peer(2, 5, "far", "far"))
+    beats.look()
+    assert beats.transfer_failed("reset").problem == "a transfer between the ranks failed"
+    store["state/1"] = json.dumps({"beats": 2})
+    beats._look(4.0)
+    lost = beats.transfer_failed("Connection reset by peer")
+    assert (lost.rank, lost.seen) == (2, "Connection reset by peer")
+    assert lost.problem.startswith("rank 2 (process 5 on far) has not answered since a transfer failed")
+
+
 def left(**departure: Any) -> str:
     return json.dumps({"beats": 3, "left": departure})
 
@@ -111,7 +124,50 @@ def test_why_a_rank_left(states: list[str], number: int | None, problem: str | N
     store["state/1"], store["state/2"] = states
     stop = beats.look()
     assert (stop and stop.number) == number
+    assert problem or (stop.sender if stop else "") == ("rank 1 got SIGINT: " if number else "")
     assert (stop.lost.problem if isinstance(stop, RankLost) else None) == problem
+
+
+def test_a_rank_of_another_machine_is_named_with_it() -> None:
+    store = Store()
+    beats = beating(store, Peer(1, os.getpid(), "node-7", "other"))
+    store["state/1"] = left(**FAILED)
+    stop = beats.look()
+    assert isinstance(stop, RankLost)
+    assert stop.lost.problem == "rank 1 on node-7: out of GPU memory"
+
+
+@pytest.mark.parametrize(
+    ("rank_0", "rank_1", "own", "is_said"),
+    [
+        (left(how="followed"), "", FAILED, True),  # rank 0 has read it
+        (left(**FAILED), "", FAILED, True),  # the same mistake on all
+        (left(**{**FAILED, "problem": "disk full"}), "", FAILED, False),
+        (left(how="stopped", signal=15), "", FAILED, False),
+        (left(**FAILED), "", {"how": "followed"}, True),
+        ("", left(how="followed"), {"how": "followed"}, True),  # rank 0 is gone: the first of the others says it
+        ("", "gone", {"how": "followed"}, False),
+    ],
+)
+def test_one_rank_says_why_a_run_ends(rank_0: str, rank_1: str, own: Any, is_said: bool, sleeper) -> None:
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    store, me = Store(), Heartbeat(Store(), 2, [here(sleeper.pid, 0), here(sleeper.pid, 1)])
+    me._store = store
+    for rank, state in enumerate((rank_0, rank_1)):
+        store[f"state/{rank}"] = state if state.startswith("{") else json.dumps({"beats": 1})
+    me.wait_for_departures(0.0)
+    assert me.is_said(own) is is_said
+    assert json.loads(store["state/2"])["has_read"] is True
+
+
+def test_rank_0_keeps_the_store_until_the_others_have_read() -> None:
+    store = Store()
+    beats = beating(store, here(os.getpid()))
+    store["state/1"] = left(**FAILED)
+    assert not beats.others_have_left()
+    store["state/1"] = json.dumps({"beats": 4, "left": FAILED, "has_read": True})
+    assert beats.others_have_left()
 
 
 def test_the_error_of_a_lost_rank_says_what_is_saved_and_how_to_go_on() -> None:
@@ -137,6 +193,57 @@ def test_without_the_store_nobody_can_go_on_who_needs_another() -> None:
     assert stop.lost.seen == "Connection reset by peer"
     beats._peers[0].left = {"how": "finished"}
     assert beats.look() is None
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch):
+    """A store in a rank that is stopped: it answers when that one goes on."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(heartbeat, "ANSWER_SECONDS", 0.01)
+
+    class Mute(Store):
+        def multi_get(self, keys: list[str]) -> list[str]:
+            goes_on.wait()
+            return super().multi_get(keys)
+
+    yield Mute()
+    goes_on.set()
+
+
+def test_a_rank_that_is_stopped_with_the_store_in_it_is_named(mute, sleeper) -> None:
+    beats = beating(mute, here(sleeper.pid, 2))
+    beats._asker.start()
+    sleeper.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, sleeper.pid, os.WSTOPPED | os.WNOWAIT)
+    assert beats._look(heartbeat.STOPPED_SECONDS, 0.01) is None
+    stop = beats._look(1.0, 0.01)
+    assert isinstance(stop, RankLost)
+    assert (stop.lost.rank, stop.lost.exit_code) == (2, 9)
+    beats.leave({"how": "followed"})  # waits for nobody
+    assert beats.others_have_left({2})
+    beats.stop()
+
+
+def test_a_store_on_another_machine_that_answers_no_more_ends_the_run(mute) -> None:
+    """The other ranks may be well: nobody can tell."""
+    beats = beating(mute, Peer(1, os.getpid(), "other", "other"))
+    beats._asker.start()
+    assert beats._look(heartbeat.SILENT_SECONDS, 0.01) is None
+    stop = beats._look(1.0, 0.01)
+    assert isinstance(stop, RankLost)
+    assert (stop.lost.rank, stop.lost.seen) == (None, "no answer for 46 s")
+    beats.stop()
+
+
+def test_without_the_store_it_is_rank_0_that_is_lost(sleeper) -> None:
+    """A rank that has ended for that reason is not the cause."""
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    for rank, problem in ((0, "rank 0 (process "), (2, "the connection to rank 0 is lost")):
+        beats = Heartbeat(Gone(), 1, [here(sleeper.pid, rank)])
+        stop = beats.look()
+        assert isinstance(stop, RankLost)
+        assert stop.lost.problem.startswith(problem)
 
 
 def test_what_a_rank_says_when_it_leaves() -> None:

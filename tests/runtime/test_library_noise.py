@@ -100,9 +100,12 @@ def test_a_verb_is_quiet(said, monkeypatch):
 def test_the_command_line_still_shows_its_own_warnings(said, monkeypatch):
     for name in (*VARIABLES, "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "x")
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")  # put back in the end
     monkeypatch.setattr(library_noise, "LIBRARIES", ())
     with warnings.catch_warnings(record=True) as seen:
         library_noise.quieten()
         warn_as("torch.nn")
         warn_as("solotune.display.observer", SolotuneWarning)
     assert [one.category for one in seen] == [SolotuneWarning]
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "ERROR"

@@ -9,6 +9,7 @@ import torch
 
 from solotune.errors import CheckError
 from solotune.hardware import machine
+from solotune.hardware.ram import Ram
 from solotune.hub.model_files import resolve_model
 from solotune.model.frozen_linear import FrozenLinear, stored_bytes
 from solotune.model.loading import load_model
@@ -26,7 +27,7 @@ def settled(tiny_config, monkeypatch):
 
     def settle(card, host=1000 * GIB, **keys):
         monkeypatch.setattr(BaseSize, "of", classmethod(lambda cls, *_: SIZE))
-        monkeypatch.setattr(base_memory, "ram", lambda: (2 * host, host))
+        monkeypatch.setattr(base_memory, "ram", lambda: Ram(2 * host, host))
         config = tiny_config(use_cpu=False, base_precision="nf4", **keys)
         found, choices = settle_offload(config, replace(here, gpu_free_bytes=card), resolve_model(config))
         return found.base_offload, [choice.because for choice in choices]

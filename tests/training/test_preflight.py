@@ -49,7 +49,7 @@ def test_nothing_is_different_afterwards(packing, tiny_config, tmp_path):
     assert words.startswith(
         f"preflight: the largest step ({report.rows} rows, {report.places} tokens with padding) needed "
     )
-    assert " GiB (2.5 GiB planned) and " in words
+    assert " MiB (2.5 GiB planned) and " in words
 
 
 def test_the_longest_rows_come_together(tiny_config):

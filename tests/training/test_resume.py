@@ -221,6 +221,7 @@ def test_every_key_has_its_class():
         == CLASSES["eval_steps"]
         == CLASSES["model_name_or_path"]
         == CLASSES["base_offload"]
+        == CLASSES["base_sharding"]
         == CLASSES["activation_offload"]
         == "free"
     )

@@ -10,18 +10,21 @@ shared folder: they get what they need over the network.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import shlex
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solotune.api.types import ConfigSource, Overrides
 from solotune.config.run_config import RunConfig
-from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError
-from solotune.runtime.heartbeat import Departure, RankLost
+from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError, resume_command
+from solotune.runtime.heartbeat import Departure, RankLost, rank_error
 from solotune.runtime.signals import StopRequested
-from solotune.runtime.world import World
+from solotune.runtime.world import World, joined
 from solotune.units import first_line
 from solotune.version import __version__
 
@@ -30,8 +33,69 @@ if TYPE_CHECKING:
     from solotune.training.checkpoint import Checkpoint
     from solotune.training.resume import ResumePoint
 
+TELL_SECONDS = 60.0  # to wait for the others with an error that they do not know
 OWN = ("output_dir", "resume_from_checkpoint")
 """Keys that only rank 0 uses."""
+SAME_START = "start all ranks with the same command, files and versions"
+NAMES = {
+    "base": "files of the base model",
+    "train_rows": "training rows (sha256)",
+    "validation_rows": "held-out rows (sha256)",
+}
+"""What a user calls the `fingerprints`."""
+
+
+@contextlib.contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """An error in the block, which is before the ranks meet, ends all of them, and one says it."""
+    try:
+        yield
+    except SolotuneError as error:
+        if world.size > 1:
+            with (
+                contextlib.suppress(SolotuneError, StopRequested, ImportError),
+                joined(world, departure_of, seconds=TELL_SECONDS),
+            ):
+                raise error
+        raise
+
+
+def alone_under_srun(environ: Mapping[str, str]) -> str | None:
+    """What to say where srun has started copies of a run that do not know of each other; None elsewhere.
+
+    It is no error: they may have a config each.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdecimal() or int(tasks) < 2 or environ.get("SLURM_PROCID") != "0" or "WORLD_SIZE" in environ:
+        return None
+    how = "srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc-per-node=GPUS ... -m solotune train CONFIG"
+    return f"srun has started {tasks} processes, and each trains a run of its own. One run on all GPUs: {how}"
+
+
+def local_size(world: World, environ: Mapping[str, str]) -> int:
+    """The ranks that a launcher has started on this machine, before they meet; all, if it does not say."""
+    text = environ.get("LOCAL_WORLD_SIZE", "")
+    return min(int(text), world.size) if text.isdecimal() and int(text) else world.size
+
+
+def torchrun_line(count: int, config: ConfigSource, overrides: Overrides = (), *more: str) -> str:
+    """The command that trains on so many GPUs of one machine, with the config as the user has named it."""
+    named = str(config) if isinstance(config, (str, os.PathLike)) else "CONFIG"
+    pairs = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    words = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "solotune", "train", named, *pairs, *more]
+    return shlex.join(words)
+
+
+def note_of_other_gpus(
+    world: World, config: RunConfig, named: ConfigSource, overrides: Overrides, resume: bool
+) -> str | None:
+    """What a run that uses one of several GPUs is told: how to use all."""
+    import torch
+
+    if world.size > 1 or config.use_cpu or (count := torch.cuda.device_count()) < 2:
+        return None
+    line = torchrun_line(count, named, overrides, *["--resume"] * resume)
+    return f"this machine has {count} GPUs, and this run uses one of them. On all of them: {line}"
 
 
 def start(world: World, config: RunConfig, resume: bool) -> None:
@@ -86,8 +150,8 @@ def _take_card(world: World) -> tuple[str, str]:
     return properties.name, str(getattr(properties, "uuid", world.rank))
 
 
-def require_same(world: World, facts: Mapping[str, Any]) -> None:
-    """Compare facts of all ranks; every rank raises the same error.
+def require_same(world: World, facts: Mapping[str, Any], change: str = SAME_START) -> None:
+    """Compare facts of all ranks, which are named as a user does; every rank raises the same error.
 
     Raises:
         InputError: a rank has another value than rank 0.
@@ -101,13 +165,15 @@ def require_same(world: World, facts: Mapping[str, Any]) -> None:
                     f"rank {rank} differs from rank 0: {name}",
                     seen=f"{other}"[:200],
                     allowed=f"{own}"[:200],
-                    change="start all ranks with the same command, files and versions",
+                    change=change,
                 )
 
 
 def require_same_run(world: World, fingerprints: Mapping[str, Any]) -> None:
     """The same for the `fingerprints` of the run; another driver with the same card computes the same."""
-    require_same(world, {**fingerprints, "device": fingerprints["device"].partition(", driver")[0]})
+    facts = {**fingerprints, "device": fingerprints["device"].partition(", driver")[0]}
+    named = {NAMES.get(key, key): value for key, value in facts.items()}
+    require_same(world, named, "give all machines the same data files, base model, versions and cards")
 
 
 def run_to_continue(world: World, config: RunConfig) -> RunConfig:
@@ -178,6 +244,21 @@ def _share_point(world: World, point: Checkpoint | None) -> Checkpoint | None:
     tensors = load(world.broadcast_bytes(save({name: t.contiguous() for name, t in found.items()}) if point else b""))
     of = {part: {name.partition(":")[2]: t for name, t in tensors.items() if name.startswith(part)} for part in parts}
     return point or Checkpoint(step, of["adapter"], of["optimizer"], of["random"], state, of["best"])
+
+
+def raise_if_lost(world: World, config: RunConfig, run: Path | None = None, checkpoint: Path | None = None) -> None:
+    """After an error of the GPU: with a shared base it may come from the memory of a rank that has died.
+
+    Args:
+        run: directory of a run that can be resumed.
+        checkpoint: the newest in it.
+
+    Raises:
+        RankError: a rank is lost.
+    """
+    if config.base_sharding is not False and (lost := world.lost_rank()) is not None:
+        saved = f"the last checkpoint is {checkpoint}" if checkpoint else None
+        raise rank_error(lost, saved, f"continue with: {resume_command(run)}" if run else "start all ranks again")
 
 
 def departure_of(error: BaseException) -> Departure:

@@ -37,7 +37,7 @@ from solotune.trackers.libraries import require as require_trackers
 from solotune.training import checkpoint, disk_space, preflight, trained_run
 from solotune.training import resume as resuming
 from solotune.training.find_run import CONFIG_NAME, recorded_name
-from solotune.units import format_duration, format_step_time, gib
+from solotune.units import format_bytes, format_duration, format_step_time
 from solotune.version import __version__
 
 if TYPE_CHECKING:
@@ -126,16 +126,26 @@ def read_data(
 
 
 def plan(
-    config: RunConfig, model_files: ModelFiles, machine: Machine, prepared: Prepared, display: RunObserver
+    config: RunConfig,
+    model_files: ModelFiles,
+    machine: Machine,
+    prepared: Prepared,
+    display: RunObserver,
+    local_ranks: int = 1,
 ) -> Plan:
     """Plan the run. `resolved` of the plan is the config with the settings that the plan chose.
+
+    Args:
+        local_ranks: the ranks on this machine.
 
     Raises:
         CheckError: it does not fit.
     """
     display.phase("planning")
-    result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files)
+    result = plan_inputs.plan_for(config, machine, prepared, model_files=model_files, local_ranks=local_ranks)
     if not result.fits:
+        if machine.ram_limited_by and (result.card.is_cpu or result.lacks_host_memory):
+            display.note(machine.ram.in_words())
         raise result.refusal()
     watchdog.expect(result.option.seconds.first_step)
     return result
@@ -187,7 +197,8 @@ def load_model(
     Raises:
         SolotuneError: the model does not load, or there is not enough disk space.
     """
-    model, folder = trained_run.load_base(config, machine, model_files, display.progress), _folder_of(config.output_dir)
+    model = trained_run.load_base(config, machine, model_files, display.progress, world)
+    folder = _folder_of(config.output_dir)
     if not world.is_owner:
         return model
     previous = resuming.continued(config.output_dir) if resume else None
@@ -241,11 +252,6 @@ def write_initial_files(
     run.write_json("plan.json", ready.plan_json())
     run.write_json("data.json", report.to_json())
     write_whole(run.path / "split.json", ready.prepared.manifest.json_lines())
-    if ready.machine.num_gpus > 1 and ready.config.ranks == 1 and ready.model.device.type == "cuda":
-        display.note(
-            f"this machine has {ready.machine.num_gpus} GPUs, and this run uses one of them. On all of them: torchrun "
-            f"--nproc-per-node={ready.machine.num_gpus} -m solotune train CONFIG"
-        )
     run_summary = summary(ready)
     if ready.config.ranks > 1:
         batches = ready.config.batches
@@ -321,6 +327,6 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    memory = f"{gib(peak)} GiB peak memory (budget {gib(plan.budget.bytes)} GiB)"
+    memory = f"{format_bytes(peak)} peak memory (budget {format_bytes(plan.budget.bytes)})"
     text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

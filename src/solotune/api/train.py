@@ -24,7 +24,7 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.display.notebook import showing
 from solotune.display.observer import Observers, Resilient, RunObserver, SilentObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
-from solotune.errors import InterruptedRunError, RankError, RunNote, SolotuneError, program
+from solotune.errors import DeviceError, InterruptedRunError, RankError, RunNote, SolotuneError, program
 from solotune.result_repr import ResultRepr, Table
 from solotune.run.atomic_io import LogFile, append_line, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
@@ -117,7 +117,8 @@ def train(
         RankError: another rank failed, died or hangs; `change` says how to continue.
     """
     world = World.of_environment(os.environ)
-    checked = config_of(config, overrides, keys).on_ranks(world.size)
+    with ranks.failing_together(world):
+        checked = config_of(config, overrides, keys).on_ranks(world.size)
     resume = resume or world.restarts > 0
     from solotune.hardware import doctor
     from solotune.runtime import signals
@@ -126,9 +127,13 @@ def train(
     display = display if world.is_owner else SilentDisplay()
     with showing(display, checked.logging_steps, stays=True) as chosen, signals.handle_signals():
         user_display = Resilient(chosen)
-        with joined(world, ranks.departure_of):
+        if words := ranks.alone_under_srun(os.environ):
+            user_display.note(words)
+        with joined(world, ranks.departure_of, user_display.note):
             try:
                 ranks.start(world, checked, resume)
+                if note := ranks.note_of_other_gpus(world, checked, config, overrides, resume):
+                    user_display.note(note)
                 return _train(checked, resume, user_display, world)
             except signals.StopRequested as stop:
                 raise _stopped_early(world.why(stop), user_display.stage) from None
@@ -138,7 +143,8 @@ def _stopped_early(stop: StopRequested, stage: str) -> SolotuneError:
     """The error of a run that is stopped before there is anything to save."""
     if isinstance(stop, RankLost):
         return rank_error(stop.lost, None, "start all ranks again")
-    return InterruptedRunError(stop.number, f"stopped while {stage}; there is nothing to save yet", "start it again")
+    what = f"{stop.sender}stopped while {stage}; there is nothing to save yet"
+    return InterruptedRunError(stop.number, what, "start it again")
 
 
 def _stopped_with_adapter(stop: StopRequested, stage: str, run: RunDirectory) -> InterruptedRunError:
@@ -155,10 +161,13 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     from solotune.api import setup
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
+    from solotune.model.sharded_blocks import require_ranks
     from solotune.training import resume as resuming
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
+    if config.base_sharding is True:
+        require_ranks(world)
     checked, machine, choices = trained_run.resolve_for_machine(config)
     checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     machine = machine.shared_by(len(world.local_ranks))
@@ -167,7 +176,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     with world.one_after_another():
         tokenizer, prepared, findings = setup.read_data(checked, model_files, day, display)
     ranks.require_rows(world, checked, prepared)
-    plan = setup.plan(checked, model_files, machine, prepared, display)
+    plan = setup.plan(checked, model_files, machine, prepared, display, len(world.local_ranks))
     checked = ranks.with_plan_of_rank_0(world, checked, plan.resolved)
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
     rules = setup.stop_before_harm(checked, run_facts, resume, display)
@@ -196,7 +205,11 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
     if resume:
         config = ranks.run_to_continue(world, config)
         user_display.note(which_run(config))
-    ready = prepare_run(config, resume, user_display, world)
+    try:
+        ready = prepare_run(config, resume, user_display, world)
+    except DeviceError:
+        ranks.raise_if_lost(world, config)
+        raise
     run_fingerprints = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
     ranks.require_same_run(world, run_fingerprints)
     if world.is_owner:
@@ -234,10 +247,10 @@ def _lead(
             tuned_score = loop.train(
                 model, rows.train, rows.validation, config, run, observer, start, run_fingerprints, world
             )
-            world.disconnect()
+            if model.shared is None:
+                world.disconnect()
             _write_adapter(run, ready)
-
-        evaluation = _evaluate(run, ready, tuned_score, display) if rows.validation else None
+        evaluation = _evaluate(run, ready, tuned_score, display, world)
         _record_measurements(run, ready)
         _write_diagnosis(run, monitor.diagnosis(), display)
         trackers.close("finished")
@@ -250,12 +263,12 @@ def _lead(
             raise
         raise _stopped_with_adapter(stop, user_display.stage, run) from None
     except RankError as error:
-        if error.traceback:
-            append_line(run.path / LOG, error.traceback)
+        _keep_traceback(error, run)
         raise
     except Exception as error:
         error.add_note(RunNote(run.path))  # the command line writes a bug's traceback to this run's log
-        if failure := device_failure(error, config.memory, run.path, checkpoint.newest(run.checkpoints)):
+        if failure := device_failure(error, config.memory, run.path, saved := checkpoint.newest(run.checkpoints)):
+            ranks.raise_if_lost(world, config, run.path, saved)
             seen = None if failure.seen is None else str(failure.seen)
             Observers(RunLog(run), user_display).failed(DeviceFailedEvent(failure.problem, seen))
             raise failure from error
@@ -280,12 +293,22 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     try:
         with signals.defer_signals():
             loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
+            if ready.model.shared is not None:
+                ready.model.shared.close()  # rank 0 reads this rank's part until it has compared base and tuned
             world.disconnect()
     except Exception as error:
         if failure := device_failure(error, config.memory, run.path):
+            ranks.raise_if_lost(world, config, run.path)
             raise failure from error
         raise
     return TrainResult(run.path, setup.summary(ready), ready.choices, None)
+
+
+def _keep_traceback(error: RankError, run: RunDirectory) -> None:
+    """Write the traceback of a bug on another rank to the run's log; the command line says where it is."""
+    if error.traceback:
+        append_line(run.path / LOG, error.traceback)
+        error.add_note(RunNote(run.path))
 
 
 def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
@@ -293,11 +316,19 @@ def _log_display(log: LogFile, logging_steps: int) -> PlainDisplay:
     return PlainDisplay(logging_steps, make_console(cast(TextIO, log), is_log=True))
 
 
-def _evaluate(run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver) -> Evaluation:
-    display.phase("comparing base and tuned on held-out rows")
-    settings = ready.config.evaluation
-    result = compare(ready.model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
-    run.write_json("evaluation.json", result.to_json())
+def _evaluate(
+    run: RunDirectory, ready: PreparedRun, tuned_score: Score | None, display: RunObserver, world: World
+) -> Evaluation | None:
+    """Compare base and tuned, if there are held-out rows; the last that reads the base."""
+    model, settings, result = ready.model, ready.config.evaluation, None
+    if ready.prepared.validation:
+        display.phase("comparing base and tuned on held-out rows")
+        result = compare(model, ready.tokenizer, ready.prepared, settings, tuned_score, display)
+    if model.shared is not None:
+        model.shared.close()  # the others are still there, so what was computed was computed with their parts
+        world.disconnect()
+    if result is not None:
+        run.write_json("evaluation.json", result.to_json())
     return result
 
 

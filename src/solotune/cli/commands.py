@@ -10,6 +10,7 @@ verbs that need them.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -24,6 +25,7 @@ from solotune.cli.report_command import report
 from solotune.cli.serve_command import serve
 from solotune.cli.watch_command import watch
 from solotune.errors import EXIT_CODES, IntegrityError
+from solotune.runtime.world import rank_of
 from solotune.units import escape_terminal
 from solotune.version import __version__
 
@@ -148,7 +150,9 @@ def data(ctx: click.Context, config: str, overrides: tuple[str, ...], show: int,
 @solotune.command()
 @config_arguments
 @click.option(
-    "--gpu", metavar="NAME", help="GPU to plan for: h100, a100-80, l4, 4090, ... (default: the one in this machine)."
+    "--gpu",
+    metavar="NAME",
+    help="GPU to plan for: h100, a100-80, l4, 4090, ..., or several: h100x2 (default: this machine's).",
 )
 @click.option("--host-memory", metavar="SIZE", help="Free RAM of the host with --gpu, for layers that stream: 64GiB.")
 @json_option
@@ -167,13 +171,17 @@ def plan(
     weights. If it does not fit, the smallest change that makes it fit is shown (exit code 3).
 
     Frozen layers that do not fit on the GPU stream from host memory (base_offload). It is then shown how much of it the
-    run pins, how much it may, and how fast the link is: measured for the GPU in this machine, else the usual one.
+    run pins, how much it may, and how fast the link is: measured for the GPU in this machine, else the usual one. With
+    several GPUs they may be split over them instead (base_sharding).
 
     \b
     Example:
       solotune plan solotune.yaml --gpu 4090 max_length=4096
+      solotune plan solotune.yaml --gpu h100x2
       solotune plan solotune.yaml --gpu l4 --host-memory 64GiB
     """
+    if rank_of(os.environ):
+        return  # rank 0 plans for all
     with shown() as display:
         from solotune.api.plan import plan
         from solotune.cli.results import print_plan
@@ -198,9 +206,12 @@ def train(config: str, overrides: tuple[str, ...], resume: bool, as_json: bool) 
       solotune train solotune.yaml learning_rate=1e-4
     """
     with shown() as display:
+        from solotune.api.ranks import failing_together
         from solotune.config.load import load_config
+        from solotune.runtime.world import World
 
-        checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
+        with failing_together(World.of_environment(os.environ)):
+            checked = load_config(config, overrides)  # a mistake in it is known before the slow imports
         display.logging_steps = checked.logging_steps
 
         from solotune.api.train import train

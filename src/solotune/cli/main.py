@@ -31,12 +31,13 @@ from solotune.errors import (
     RankError,
     SolotuneError,
     StorageError,
+    is_said,
     run_dir_of,
 )
 from solotune.run.atomic_io import append_line
 from solotune.runtime import signals, watchdog
 from solotune.runtime.library_noise import quieten
-from solotune.runtime.world import end_process, rank_of
+from solotune.runtime.world import rank_of
 from solotune.units import escape_terminal, first_line
 from solotune.version import __version__
 
@@ -69,8 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except signals.StopRequested as stop:  # before or after the command itself
         code = 128 + stop.number
     if is_ours and rank is not None:
-        end_process(code)
+        _end_process(code)
     return code
+
+
+def _end_process(code: int) -> None:
+    """End this process of several ranks now: a thread of it may wait for a rank that is gone, in native code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _run_as_rank(given: list[str], rank: int) -> int:
@@ -91,6 +100,8 @@ def _run(given: list[str], as_json: bool, rank: int = 0) -> int:
         click.echo(error.format_message())
         return 0 if error.ctx is not None and error.ctx.parent is None else 2
     except click.UsageError as error:
+        if rank and os.environ.get("LOCAL_RANK") != "0" and "TORCHELASTIC_RUN_ID" in os.environ:
+            return 2  # torchrun gives all ranks of a machine the same arguments; the first says it
         usage = error.ctx.get_usage() if error.ctx is not None else ""
         return _fail(2, error.format_message(), as_json, after=usage)
     except InterruptedRunError as stop:
@@ -98,11 +109,13 @@ def _run(given: list[str], as_json: bool, rank: int = 0) -> int:
             return stop.exit_code
         return _fail(stop.exit_code, stop.in_sentences(), as_json, stop.to_json(), label="")
     except SolotuneError as error:
-        if rank and isinstance(error, RankError) and error.rank:
+        if is_said(error):
             return error.exit_code
-        return _fail(
-            error.exit_code, str(error), as_json, error.to_json(), label=f"{f'rank {rank}: ' * bool(rank)}error:"
-        )
+        text = str(error)
+        if isinstance(error, RankError) and error.traceback:  # a bug on that rank
+            run = run_dir_of(error)  # with the traceback in its log
+            text += f"\n  {'log:':9}{run / 'log.txt' if run else _write_crash(error, error.traceback, given)}"
+        return _fail(error.exit_code, text, as_json, error.to_json(), label=f"{f'rank {rank}: ' * bool(rank)}error:")
     except signals.StopRequested as stop:
         if rank:
             return 128 + stop.number
@@ -121,6 +134,8 @@ def _run(given: list[str], as_json: bool, rank: int = 0) -> int:
             return _fail(StorageError.exit_code, f"cannot write output: {error.strerror}", as_json)
         if number := signals.received():  # a library replaced the exception of the signal
             return _fail(128 + number, f"Stopped by {Signals(number).name}.", as_json, label="")
+        if is_said(error):
+            return 1
         return _bug(error, given, as_json)
 
 
@@ -137,7 +152,8 @@ def _is_lost_memory_error(error: Exception) -> bool:
 
 def _bug(error: Exception, given: Sequence[str], as_json: bool) -> int:
     problem = f"this is a bug of solotune: {first_line(error, with_type=True)}"
-    return _fail(1, f"{problem}\n  {'log:':9}{_write_crash(error, given)}", as_json)
+    text = "".join(traceback.format_exception(error))
+    return _fail(1, f"{problem}\n  {'log:':9}{_write_crash(error, text, given)}", as_json)
 
 
 def _loses_output() -> bool:
@@ -186,10 +202,9 @@ def _without_secrets(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def _write_crash(error: Exception, arguments: Sequence[str]) -> Path:
+def _write_crash(error: Exception, text: str, arguments: Sequence[str]) -> Path:
     """Write the traceback to the log of the run that it belongs to, or to a new file; returns its path."""
-    text = f"solotune {__version__}, Python {sys.version.split()[0]}\n" + "".join(traceback.format_exception(error))
-    text = without_secrets(text)
+    text = without_secrets(f"solotune {__version__}, Python {sys.version.split()[0]}\n{text}")
     written = arguments[1:2] if arguments[:1] == ["evaluate"] else ()  # other verbs only look at a run
     for folder in (run_dir_of(error), *written):
         with contextlib.suppress(StorageError, OSError, TypeError, ValueError):

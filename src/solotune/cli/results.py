@@ -259,7 +259,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Bytes by category, seconds, the settings chosen and why, and whether the run fits."""
     memory = plan.option.footprint
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column(f"peak memory on {plan.card.name}", no_wrap=True)
+    each = f"each of {plan.ranks.size} " if plan.ranks.size > 1 else ""
+    table.add_column(f"peak memory on {each}{plan.card.name}", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     for name, size in memory.by_category.items():
         table.add_row(name.replace("_", " "), format_bytes(size, digits=2))

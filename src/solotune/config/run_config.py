@@ -120,6 +120,8 @@ class RunConfig(BaseModel):
     """quantized: unpack 4-bit weights at each use (saves memory). dequantized: keep a copy (faster). Same results."""
     base_offload: Literal["auto"] | bool | PositiveInt = _in("model", default="auto")
     """Keep frozen layers in host memory (RAM) and stream them: true (all), false, N of them, or auto (if needed)."""
+    base_sharding: Literal["auto"] | bool = _in("model", default="auto")
+    """Split the frozen layers over the GPUs of one machine (torchrun): true, false, or auto (the plan decides)."""
     attn_implementation: Literal["sdpa", "eager"] = _in("model", default="sdpa")
     """Attention implementation of transformers: sdpa (flash attention where possible) or eager (plain)."""
 
@@ -391,6 +393,16 @@ class RunConfig(BaseModel):
                 "base_residency and base_offload: an unpacked copy is kept on the GPU, which offloading saves; "
                 "use base_residency: quantized, or base_offload: false"
             )
+        if self.base_sharding is True and self.base_offload not in ("auto", False):
+            raise ValueError(
+                "base_sharding and base_offload: frozen layers lie on the GPUs, or in host memory; "
+                "use base_offload: false, or base_sharding: false"
+            )
+        if self.base_sharding is True and self.base_residency == "dequantized":
+            raise ValueError(
+                "base_residency and base_sharding: an unpacked copy of all layers is kept on each GPU, which sharding "
+                "saves; use base_residency: quantized, or base_sharding: false"
+            )
         if self.matmul_precision != "auto" and (change := self._against_matmuls()):
             base, matmuls = f"base_precision: {self.base_precision}", f"matmul_precision: {self.matmul_precision}"
             raise ValueError(f"base_precision and matmul_precision: {base} with {matmuls}; {change}")
@@ -455,20 +467,23 @@ class RunConfig(BaseModel):
             multiplies_in_fp8=self.multiplies_in_fp8,
             base_residency=self.base_residency,
             base_offload=self.base_offload,
+            base_sharding=self.base_sharding,
             bf16=self.bf16,
             sources=self._sources,
         )
 
     @property
     def memory(self) -> MemorySettings:
+        is_shared = self.base_sharding is True
         return MemorySettings(
             memory_budget=self.memory_budget,
             base_precision=self.base_precision,
             matmul_precision=self.matmul_precision,
             multiplies_in_fp8=self.multiplies_in_fp8,
             double_quant=self.bnb_4bit_use_double_quant,
-            base_residency=self.base_residency,
-            base_offload=self.base_offload,
+            base_residency="quantized" if is_shared else self.base_residency,  # `auto` has no choice then
+            base_offload=False if is_shared else self.base_offload,
+            base_sharding=self.base_sharding,
             gradient_checkpointing=self.gradient_checkpointing,
             activation_offload=self.activation_offload,
             optim=self.optim,

@@ -50,6 +50,7 @@ class PrecisionSettings(Settings):
     multiplies_in_fp8: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
     base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
+    base_sharding: bool | Literal["auto"]
     bf16: bool
 
 
@@ -64,6 +65,7 @@ class MemorySettings(Settings):
     double_quant: bool
     base_residency: Literal["auto", "quantized", "dequantized"]
     base_offload: bool | int | Literal["auto"]  # a number: that many layers, spread evenly
+    base_sharding: bool | Literal["auto"]
     gradient_checkpointing: bool | int | Literal["auto"]  # a number: that many layers, from the first
     activation_offload: bool
     optim: str

@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from solotune.run.record import RunRecord
 
 NUM_SAMPLED = 64
-"""Elements of each matrix that are compared: 28,672 for 224 adapted layers, one small copy."""
+"""Elements of each matrix that are compared: 28,672 for 224 adapted layers, one small copy. A smaller matrix gives some
+of its elements twice."""
 SMALLEST_SHARE_MOVED = 0.3
 """float32 changes all elements with a gradient; bfloat16 at a small learning rate half of them, late in decay 0.01."""
 
@@ -69,10 +70,8 @@ class Monitor(SilentObserver):
         self._rules = rules or GrowingRun(run_facts)
         said = [one.signal for one in run_facts.findings or ()]
         self._reported = {(one.code, one.kind == "remark") for one in said if one is not None}
-        self._places: dict[
-            str, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # layer -> positions of A and of B in `flat_params`
-        self._before: torch.Tensor | None = None
+        self._places_L2E = torch.empty(0, dtype=torch.int64)  # layer, A or B, element: positions in `flat_params`
+        self._before_L2E: torch.Tensor | None = None  # these elements before the next update
         self._num_updates = 0
         self._curve = run_files.curves(before.steps, before.evals)
         self._steps: list[StepEvent] = []  # that are not in `_curve` yet, nor are these:
@@ -84,15 +83,14 @@ class Monitor(SilentObserver):
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._total_steps, self._is_new = total_steps, done == 0
-        for name, layer in self._model.lora_layers.items():
-            self._places[name] = (_sampled(layer.lora_A), _sampled(layer.lora_B))
-        self._before = self._sample()
+        self._places_L2E = _sampled(self._model)
+        self._before_L2E = self._sample()
 
     def step(self, event: StepEvent) -> None:
         self._steps.append(event)
         if len(self._steps) == 1 and not len(self._curve.step_S) and self._is_new:
             self._check_first_loss(event.loss)
-        if self._before is not None and event.learning_rate > 0:
+        if self._before_L2E is not None and event.learning_rate > 0:
             self._num_updates += 1
             self._check_update()
 
@@ -136,19 +134,13 @@ class Monitor(SilentObserver):
 
     def _check_update(self) -> None:
         """Compare the sampled elements with their values before the step."""
-        assert self._before is not None
-        now = self._sample()
-        moved = (now != self._before).cpu()
-        self._before = now if self._num_updates < 2 else None
+        assert self._before_L2E is not None
+        now_L2E = self._sample()
         which = 1 if self._num_updates == 1 and self._is_new else 0  # B in the first update, then A
-        shares, place = {}, 0
-        for name, places in self._places.items():
-            sizes = [len(part) for part in places]
-            parts = moved[place : place + sum(sizes)].split(sizes)
-            shares[name] = float(parts[which].float().mean())
-            place += sum(sizes)
-        still = [name for name, share in shares.items() if share == 0]
-        part, mean = "AB"[which], sum(shares.values()) / max(len(shares), 1)
+        shares = (now_L2E != self._before_L2E)[:, which].float().mean(1).tolist()  # of each layer's elements
+        self._before_L2E = now_L2E if self._num_updates < 2 else None
+        still = [name for name, share in zip(self._model.lora_layers, shares, strict=True) if share == 0]
+        part, mean = "AB"[which], sum(shares) / max(len(shares), 1)
         if part == "A" and mean < SMALLEST_SHARE_MOVED:
             says = f"update {self._num_updates} changed only {mean:.0%} of lora_A's elements"
             self._record(Signal("F54", "measured", says, 0.6))
@@ -156,11 +148,10 @@ class Monitor(SilentObserver):
             says = f"lora_{part} of {len(still)} of {len(shares)} layers did not change in update {self._num_updates}: "
             says += ", ".join(still[:3])
             self._record(Signal("F57", "invariant", says, 0.9 if len(still) == len(shares) else 0.5))
-            self._before = None  # consequences are not reported
+            self._before_L2E = None  # consequences are not reported
 
     def _sample(self) -> torch.Tensor:
-        places = torch.cat([part for pair in self._places.values() for part in pair])
-        return self._model.flat_params.detach()[places].clone()
+        return self._model.flat_params.detach()[self._places_L2E]
 
     def _record(self, signal: Signal) -> None:
         self._signals.append(signal)
@@ -182,7 +173,10 @@ def in_words(signal: Signal) -> str:
     )
 
 
-def _sampled(part: torch.nn.Parameter) -> torch.Tensor:
-    """int64: evenly spaced positions of the matrix within the vector of all adapters."""
-    start, size = int(part.data.storage_offset()), part.numel()
-    return torch.linspace(start, start + size - 1, min(NUM_SAMPLED, size), dtype=torch.float64).long().to(part.device)
+def _sampled(model: TrainableModel) -> torch.Tensor:
+    """int64 `[layers, 2, NUM_SAMPLED]`: evenly spaced positions of each A and B within the vector of all adapters."""
+    parts = [part for layer in model.lora_layers.values() for part in (layer.lora_A, layer.lora_B)]
+    starts = torch.tensor([part.storage_offset() for part in parts], dtype=torch.int64)
+    lasts = torch.tensor([part.numel() - 1 for part in parts], dtype=torch.int64)
+    places = starts[:, None] + lasts[:, None] * torch.arange(NUM_SAMPLED) // (NUM_SAMPLED - 1)
+    return places.view(-1, 2, NUM_SAMPLED).to(model.flat_params.device)

@@ -19,7 +19,7 @@ import contextlib
 import io
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ _SCROLLS = "max-height:14em;overflow:auto;display:flex;flex-direction:column-rev
 class _Bar:
     done: int
     total: int  # 0: unknown
-    figures: str
+    figures: Callable[[], str]  # called when it is drawn
 
 
 class NotebookDisplay(PlainDisplay):
@@ -67,7 +67,7 @@ class NotebookDisplay(PlainDisplay):
         self._updated = 0.0
 
     def phase(self, name: str) -> None:
-        self._bar = _Bar(0, 0, name)
+        self._bar = _Bar(0, 0, lambda: name)
         super().phase(name)
 
     def choices(self, choices: Sequence[Choice]) -> None:
@@ -75,17 +75,16 @@ class NotebookDisplay(PlainDisplay):
         self._update()
 
     def progress(self, done: int, total: int, what: str) -> None:
-        self._bar = _Bar(done, total, f"{done:,}/{total:,} {what}" if total else what)
+        self._bar = _Bar(done, total, lambda: f"{done:,}/{total:,} {what}" if total else what)
         self._update_if_due()
 
     def begin(self, total_steps: int, done: int = 0) -> None:
-        self._bar = _Bar(done, total_steps, "first step (slower than the others)")
+        self._bar = _Bar(done, total_steps, lambda: "first step (slower than the others)")
         super().begin(total_steps, done)
 
     def step(self, event: StepEvent) -> None:
+        self._bar = _Bar(event.step, event.total_steps, self.step_in_words)
         super().step(event)
-        figures = [f"{event.step:,}/{event.total_steps:,}", f"loss {self.meter.loss:.4f}", *self.meter.figures()]
-        self._bar = _Bar(event.step, event.total_steps, "  ".join(figures))
         self._update_if_due()
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
@@ -127,7 +126,7 @@ class NotebookDisplay(PlainDisplay):
         header = ("step", "loss", "held-out loss", "exact match")
         evaluations = as_html([Table("", header, self._evaluations)]) if self._evaluations else ""
         log = f'<div style="{_SCROLLS}"><pre style="white-space:pre-wrap">{escaped(chr(10).join(lines))}</pre></div>'
-        plain = [*lines, *([self._bar.figures] if self._bar else [])]
+        plain = [*lines, *([self._bar.figures()] if self._bar else [])]
         return {"text/plain": "\n".join(plain), "text/html": self._bar_html() + evaluations + log}
 
     def _bar_html(self) -> str:
@@ -136,7 +135,7 @@ class NotebookDisplay(PlainDisplay):
         value = f' value="{self._bar.done}" max="{self._bar.total}"' if self._bar.total else ""
         lines = (self.held_out_in_words(), self.meter.memory_in_words(), self.last_finding)
         below = "".join(f"<div>{escaped(line)}</div>" for line in lines if line)
-        return f'<div><progress{value} style="width:20em"></progress> {escaped(self._bar.figures)}</div>{below}'
+        return f'<div><progress{value} style="width:20em"></progress> {escaped(self._bar.figures())}</div>{below}'
 
 
 @contextlib.contextmanager

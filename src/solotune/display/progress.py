@@ -25,15 +25,14 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.padding import Padding
-from rich.progress import Progress, Task, TaskID
 from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.table import Table
@@ -138,9 +137,9 @@ class PlainDisplay(SilentObserver):
             )
 
     def _is_line_due(self, event: StepEvent) -> bool:
-        tenths = [LINES_A_RUN * step // event.total_steps for step in (event.step - 1, event.step)]
+        is_tenth = LINES_A_RUN * event.step % event.total_steps < LINES_A_RUN  # the first step after a tenth of the run
         is_late = time.monotonic() - self._last_line >= SECONDS_A_LINE
-        return event.step % self.logging_steps == 0 or tenths[0] < tenths[1] or is_late
+        return event.step % self.logging_steps == 0 or is_tenth or is_late
 
     def evaluated(self, event: EvalEvent, num_rows: int) -> None:
         self.held_out = [event, min([event, *self.held_out[1:]], key=_loss_of)]
@@ -162,6 +161,12 @@ class PlainDisplay(SilentObserver):
         text = f"held-out {plus_minus(last.loss, last.stderr)} (step {last.step:,})"
         return text + (f", best {best.loss:.4f} (step {best.step:,})" if best is not last else "")
 
+    def step_in_words(self, columns: int | None = None) -> str:
+        """The last step, for a line that is updated. Made when it is drawn, not at each step."""
+        step = self.meter.last
+        figures = [f"{step.step:,}/{step.total_steps:,}"] if step else []
+        return _fitting([*figures, f"loss {self.meter.loss:.4f}", *self.meter.figures()], columns)
+
     def _at(self, step: int) -> str:
         total = f"{self._total_steps:,}"
         return f"step {step:>{len(total)},}/{total}  "
@@ -175,7 +180,23 @@ class PlainDisplay(SilentObserver):
         return self.meter.figures()
 
     def _line(self, text: str, style: str = "") -> None:
-        self.console.print(Text(escape_terminal(text), style), soft_wrap=not self.console.is_terminal)
+        text = escape_terminal(text)
+        if self.console.is_terminal:
+            self.console.print(Text(text, style), crop=False)  # it wraps
+            return
+        try:  # as it is: there is nothing for rich to do, and it takes four times as long
+            self.console.file.write(text.expandtabs() + "\n")
+            self.console.file.flush()
+        except BrokenPipeError:
+            self.console.on_broken_pipe()
+
+
+class _Bar(NamedTuple):
+    """What the live line shows."""
+
+    done: int
+    total: int | None  # None: unknown
+    figures: Callable[[int], str]  # for a terminal of so many columns; called when it is drawn
 
 
 class LiveDisplay(PlainDisplay):
@@ -183,37 +204,29 @@ class LiveDisplay(PlainDisplay):
 
     def __init__(self, logging_steps: int, console: Console) -> None:
         super().__init__(logging_steps, console)
-        self._progress = _LiveLines(self._below, console=console, transient=True, refresh_per_second=REFRESHES)
-        self._task: TaskID | None = None
+        self._bar: _Bar | None = None
         self._phase = ("", 0.0)
+        self._live = Live(self, console=console, transient=True, refresh_per_second=REFRESHES)
 
     def phase(self, name: str) -> None:
         self._end_phase()
-        self._phase = (name, time.monotonic())
-        self._show(name, None)
+        self._phase = name, started = name, time.monotonic()
+        self._show(_Bar(0, None, lambda columns: f"{escape_terminal(name)}  {time.monotonic() - started:.0f} s"))
 
     def progress(self, done: int, total: int, what: str) -> None:
-        if self._task is None:
-            self._show(what, total)
-        assert self._task is not None
         figures = f"{done:,}/{total:,} {escape_terminal(what)}" if total else escape_terminal(what)
-        self._progress.update(self._task, completed=done, total=total or None, figures=lambda: figures)
+        self._bar = _Bar(done, total or None, lambda columns: figures)
+        if not self._live.is_started:
+            self._show(self._bar)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         self._end_phase()
         super().begin(total_steps, done)
-        self._show("", total_steps, completed=done, figures="first step (slower than the others)")
+        self._show(_Bar(done, total_steps, lambda columns: "first step (slower than the others)"))
 
     def step(self, event: StepEvent) -> None:
         super().step(event)
-        for task in self._progress.tasks:  # an evaluation between the steps has shown its rows here
-            task.completed, task.total, task.fields["figures"] = event.step, event.total_steps, self._step_in_words
-
-    def _step_in_words(self) -> str:
-        """The last step; made when it is drawn, not at each step."""
-        step = self.meter.last
-        figures = [f"{step.step:,}/{step.total_steps:,}"] if step else []
-        return _fitting([*figures, f"loss {self.meter.loss:.4f}", *self.meter.figures()], self._columns)
+        self._bar = _Bar(event.step, event.total_steps, self.step_in_words)
 
     def finish(self) -> None:
         self._end_phase()
@@ -222,63 +235,49 @@ class LiveDisplay(PlainDisplay):
     def _more_figures(self) -> list[str]:
         return []  # the live line has them
 
-    def _below(self) -> list[str]:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """What is drawn: the bar, which gets the width that its figures leave, and lines below, each cut at the right
+        edge. Rich's own, a table of texts, takes 2.5 times as long."""
+        bar, columns = self._bar, options.max_width
+        if bar is None:
+            return
+        text = bar.figures(columns)
+        figures = set_cell_size(text, min(cell_len(text), columns - MIN_BAR))
+        width = columns - cell_len(figures) - 1
+        drawing = ProgressBar(bar.total, bar.done, width, animation_time=time.monotonic())
+        drawing.complete_style = drawing.finished_style = "green"
+        parts = drawing.__rich_console__(console, options)  # without colour only what is done
+        drawn = [part for part in parts if isinstance(part, Segment)]
+        yield from drawn
+        yield Segment(" " * (width - sum(part.cell_length for part in drawn)) + f" {figures}")
+        yield Segment.line()
+        for line in self._below(columns):
+            text = escape_terminal(line.partition("\n")[0]).expandtabs()
+            is_cut = cell_len(text) > columns
+            yield Segment(set_cell_size(text, columns - 1) + "…" if is_cut else text, console.get_style("dim"))
+            yield Segment.line()
+
+    def _below(self, columns: int) -> list[str]:
         """Held-out loss and memory in one line where both have a place, then the last finding."""
         figures = [text for text in (self.held_out_in_words(), self.meter.memory_in_words()) if text]
         both = "   ".join(figures)
-        lines = [both] if cell_len(both) <= self.console.width else figures
+        lines = [both] if cell_len(both) <= columns else figures
         return [text for text in (*lines, self.last_finding) if text]
 
-    def _show(self, words: str, total: int | None, completed: int = 0, figures: str = "") -> None:
+    def _show(self, bar: _Bar) -> None:
         self._hide()
-        text, now = escape_terminal(words), lambda: figures
-        self._task = self._progress.add_task(text, total=total, completed=completed, figures=now)
-        self._progress.start()
+        self._bar = bar
+        self._live.start(refresh=True)
 
     def _hide(self) -> None:
-        if self._task is not None:
-            self._progress.stop()
-            self._progress.remove_task(self._task)
-            self._task = None
+        self._live.stop()
+        self._bar = None
 
     def _end_phase(self) -> None:
         name, started = self._phase
         if name:
             self._line(f"{name}  {time.monotonic() - started:.1f} s", "dim")
         self._phase = ("", 0.0)
-
-
-class _LiveLines(Progress):
-    """A bar with figures, and lines below, each cut at the right edge. Rich's own, a table, takes 2.5 times as long."""
-
-    def __init__(self, below: Callable[[], list[str]], **keys: Any) -> None:
-        self._lines_below = below
-        super().__init__(**keys)
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            yield _BarAndFigures(task)
-        for line in self._lines_below():
-            yield Text(escape_terminal(line.partition("\n")[0]), "dim", no_wrap=True, overflow="ellipsis")
-
-
-@dataclass(frozen=True)
-class _BarAndFigures:
-    """The bar gets the width that the figures leave."""
-
-    task: Task
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = self.task.fields["figures"]() or f"{self.task.description}  {self.task.elapsed or 0:.0f} s"
-        figures = set_cell_size(text, min(cell_len(text), options.max_width - MIN_BAR))
-        width = options.max_width - cell_len(figures) - 1
-        bar = ProgressBar(self.task.total, self.task.completed, width, animation_time=self.task.get_time())
-        bar.complete_style = bar.finished_style = "green"
-        parts = bar.__rich_console__(console, options)  # without colour only what is done
-        drawn = [part for part in parts if isinstance(part, Segment)]
-        yield from drawn
-        yield Segment(" " * (width - sum(part.cell_length for part in drawn)) + f" {figures}")
-        yield Segment.line()
 
 
 def make_display(logging_steps: int, stream: IO[str]) -> PlainDisplay:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -59,20 +60,22 @@ class BaseTensor:
     def read(self) -> torch.Tensor:
         """Its values, in memory of its own: a mapped file would count as memory in use, page by page.
 
+        NumPy asks for large pages, so that touching new memory takes a third of the time of reading, not two thirds.
+
         Raises:
             InputError: the file cannot be read.
         """
         count = self.entry.end - self.entry.begin
-        buffer = torch.empty(count, dtype=torch.uint8)
+        buffer = np.empty(count, np.uint8)
         try:
             with open_regular(self.path) as file:
                 file.seek(self.entry.begin)
-                read = file.readinto(buffer.numpy().data)
+                read = file.readinto(buffer.data)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read", seen=error.strerror) from None
         if read != count:
             raise InputError(f"{self.path}: is shorter than it was", change="download the file again")
-        return buffer.view(self.dtype).view(self.entry.shape)
+        return torch.from_numpy(buffer).view(self.dtype).view(self.entry.shape)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from solotune.errors import InputError
 from solotune.exporters.base_tensors import NAMES, BaseTensor, BaseTensors, as_bytes
 from solotune.exporters.source import ExportSource
 from solotune.hardware import machine as environment
+from solotune.hardware.cpu_threads import numbers_at_once, spread
 from solotune.hub.quantised import QUANTISATION
 from solotune.model.adapter import Adapter
 from solotune.model.frozen_linear import NF4Weight
@@ -41,7 +42,7 @@ from solotune.runtime import signals
 ORIGINAL, DEQUANTIZED, REQUANTIZED = "original", "dequantized", "requantized"
 OUTPUT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5 * 10**9  # of transformers' `save_pretrained` until version 5
-CHUNK = 1 << 20  # numbers that are added and rounded at a time
+CHUNK = 1 << 20  # numbers added and rounded at a time on a GPU
 AHEAD = 2  # tensors that are read or merged while one is written
 _CPU = torch.device("cpu")
 NOT_IN_MERGED = ("_name_or_path", "auto_map", "torch_dtype", "custom_generate", "_from_model_config")
@@ -116,21 +117,25 @@ class Merge:
     ) -> torch.Tensor:
         """W' in the memory of W if its dtype is the one that is written: fresh memory costs more than the sum.
 
-        Some rows at a time, which stay in the cache; rows of W are read before they are overwritten.
+        Some rows at a time, those of W before they are overwritten.
         """
         merged = W if W.dtype == self.dtype else torch.empty(W.shape, dtype=self.dtype)
-        step = max(1, CHUNK // W.shape[1])
-        total = torch.empty((min(step, len(W)), W.shape[1]), device=device)
+        step = max(1, (numbers_at_once() if device == _CPU else CHUNK) // W.shape[1])
         scaling = self.adapter.scaling(layer) if layer in self._layers else 0.0
         if scaling:
             A, B = (factor.to(device) for factor in self.adapter.factors(layer))
             left, right = (A.T, B.T) if is_transposed else (B, A)  # (B A)^T = A^T B^T
-        for begin in range(0, len(W), step):
-            end = min(begin + step, len(W))
-            sums = total[: end - begin].copy_(rows(begin, end))
-            if scaling:
-                sums.addmm_(left[begin:end], right, alpha=scaling)
-            merged[begin:end] = sums
+
+        def merge_rows(starts: Iterable[int]) -> None:
+            for begin in starts:
+                end = min(begin + step, len(W))
+                sums = rows(begin, end).float()
+                if scaling:
+                    sums.addmm_(left[begin:end], right, alpha=scaling)
+                merged[begin:end] = sums
+
+        starts = range(0, len(W), step)
+        spread(merge_rows, starts) if device == _CPU else merge_rows(starts)
         return merged
 
 

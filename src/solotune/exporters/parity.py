@@ -20,7 +20,7 @@ from solotune.exporters.artifact import Parity
 from solotune.exporters.measure import Fit
 from solotune.exporters.merge_choice import Trained
 from solotune.exporters.source import ExportSource
-from solotune.hardware.machine import ram
+from solotune.hardware.ram import ram
 from solotune.model.adapter import Adapter
 from solotune.model.lm_head import head_of
 from solotune.units import first_line
@@ -98,7 +98,7 @@ def why_not_in_transformers(num_bytes: int, dtype: torch.dtype, device: torch.de
         num_bytes: of its weights, in 16 bits.
     """
     needed = num_bytes * dtype.itemsize // 2
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram().free
     if needed < 0.9 * free:
         return None
     return f"not loaded again: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from solotune.errors import CheckError
-from solotune.hardware import link
+from solotune.hardware import link, several_gpus
 from solotune.hardware import machine as environment
 from solotune.hardware.machine import BUSY_GPU, Check, Machine
 from solotune.hub.download import offline_switch
@@ -75,13 +75,14 @@ def doctor() -> DoctorReport:
             *_check_floors(),
             _check_torch(machine),
             _check_gpu(machine),
+            *several_gpus.check_several(machine),
             _check_bitsandbytes(machine),
             *(
                 [environment.check_triton(machine), environment.check_compiler(), _check_link()]
                 if machine.has_cuda
                 else []
             ),
-            _check_room("memory", machine.ram_bytes, machine.ram_free_bytes, MIN_RAM_BYTES),
+            _check_room("memory", machine.ram.total, machine.ram.free, MIN_RAM_BYTES, machine.ram.limit_in_words),
             _check_room("disk", None, machine.disk_free_bytes, MIN_DISK_BYTES),
             _check_cache(),
             *_check_offline(),
@@ -245,9 +246,9 @@ def _check_bitsandbytes(machine: Machine) -> Check:
     return Check("bitsandbytes", "ok", f"{machine.versions.get('bitsandbytes')}, NF4 tested on {device}")
 
 
-def _check_room(name: str, total: int | None, free: int, wanted: int) -> Check:
+def _check_room(name: str, total: int | None, free: int, wanted: int, limit: str = "") -> Check:
     of_total = f" of {gib(total)}" if total else ""
-    found = f"{gib(free)}{of_total} GiB free"
+    found = f"{gib(free)}{of_total} GiB free{limit}"
     if (total or free) >= wanted:
         return Check(name, "ok", found)
     fix = {

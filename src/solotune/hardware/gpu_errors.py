@@ -8,8 +8,9 @@ which is other processes, and about half a GiB of driver state for this one.
 
 Lost
 ----
-An illegal access, an ECC error, a failed launch. CUDA then refuses every later call of the process, so the card is not
-queried. Files that were saved before are complete, and a new process can resume.
+An illegal access, an ECC error, a failed launch, in a kernel or a copy. CUDA reports it at whichever call comes next,
+and then refuses every later call of the process, so the card is not queried: its name is what torch remembers. Files
+that were saved before are complete, and a new process can resume.
 
 How they are recognised
 -----------------------
@@ -49,9 +50,14 @@ class Cause(NamedTuple):
 UNKNOWN = Cause(
     "",
     "the GPU failed, and this process cannot use it any more",
-    "check the card with nvidia-smi",
+    "check the card (nvidia-smi; Xid errors in dmesg)",
 )
 CAUSES = (
+    Cause(
+        "ECC error",
+        "the memory of the GPU has an error that ECC cannot correct",
+        "reset the card (nvidia-smi --gpu-reset, or restart the machine)",
+    ),
     Cause(
         "device-side assert",
         "a GPU kernel got invalid input, most often an index out of range",
@@ -144,13 +150,14 @@ def _stage_of(error: BaseException) -> Stage | None:
 
 
 def _lost(cause: BaseException, run: Path | None, checkpoint: Path | None) -> DeviceError:
-    message = first_line(cause)
+    message, card = first_line(cause), current_card()
     known = next((cause for cause in CAUSES if cause.words in message), UNKNOWN)
+    seen = f"{message} ({card})" if card else message
     if run is None:
-        return DeviceError(known.problem, seen=message, change=known.fix + ", then start again" * known.can_resume)
+        return DeviceError(known.problem, seen=seen, change=known.fix + ", then start again" * known.can_resume)
     saved = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved yet"
     then = f", then continue with: {resume_command(run)}" * known.can_resume
-    return DeviceError(f"{known.problem}; {saved}", seen=message, change=known.fix + then)
+    return DeviceError(f"{known.problem}; {saved}", seen=seen, change=known.fix + then)
 
 
 def _out_of_memory(
@@ -186,7 +193,8 @@ def smaller_settings(settings: MemorySettings, stage: Stage | None, run: Path | 
             changes.append(f"per_device_train_batch_size: {fewer} with {same}")
         if settings.gradient_checkpointing is not True:
             changes.append(f"gradient_checkpointing: true{_then(run)}")
-    if settings.base_offload not in ("auto", True) and settings.base_residency != "dequantized":
+    is_resident = settings.base_offload not in ("auto", True) and settings.base_sharding is not True
+    if is_resident and settings.base_residency != "dequantized":
         changes.append(f"base_offload: true (frozen layers in host memory){_then(run)}")
     if settings.base_precision != "nf4" or settings.multiplies_in_fp8:
         changes.append("base_precision: nf4" + (" with matmul_precision: auto" if settings.multiplies_in_fp8 else ""))
@@ -199,6 +207,18 @@ def smaller_settings(settings: MemorySettings, stage: Stage | None, run: Path | 
 
 def _then(run: Path | None) -> str:
     return f" and continue with: {resume_command(run)}" if run is not None else ""
+
+
+def current_card() -> str | None:
+    """`NVIDIA H200, cuda:1`, as torch remembers it; None if there is none."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is None or not torch.cuda.is_initialized():
+            return None
+        index = torch.cuda.current_device()
+        return f"{torch.cuda.get_device_properties(index).name}, cuda:{index}"
+    except Exception:  # as in `gpu_memory`
+        return None
 
 
 def gpu_memory() -> DeviceMemory | None:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from solotune.config.run_config import Choice, RunConfig
 from solotune.config.settings import PrecisionSettings
 from solotune.errors import DeviceError, InputError
+from solotune.hardware.ram import Ram, ram
 from solotune.units import first_line
 
 RECORDED = (
@@ -46,7 +47,7 @@ class Machine:
     python: str
     cpu: str
     num_cpus: int  # available to this process
-    ram_bytes: int  # of the machine or of the container, the smaller one
+    ram_bytes: int  # of the machine, or the limit of its container or job
     ram_free_bytes: int
     disk_free_bytes: int  # on the disk of the current folder
     versions: dict[str, str]
@@ -60,6 +61,11 @@ class Machine:
     compute_capability: tuple[int, int] | None = None
     gpu_bytes: int | None = None
     gpu_free_bytes: int | None = None
+    ram_limited_by: str | None = None  # see `ram.Ram`
+
+    @property
+    def ram(self) -> Ram:
+        return Ram(self.ram_bytes, self.ram_free_bytes, self.ram_limited_by)
 
     @property
     def has_cuda(self) -> bool:
@@ -102,15 +108,16 @@ class Check:
 
 def probe() -> Machine:
     """Collect the facts. Imports torch, and creates this process's CUDA context if there is a GPU."""
-    ram_bytes, ram_free_bytes = ram()
+    memory = ram()
     nvidia_gpu, driver = _nvidia_smi()
     return Machine(
         os=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         cpu=_cpu_model(),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        ram_bytes=ram_bytes,
-        ram_free_bytes=ram_free_bytes,
+        ram_bytes=memory.total,
+        ram_free_bytes=memory.free,
+        ram_limited_by=memory.limited_by,
         disk_free_bytes=shutil.disk_usage(".").free,
         versions={name: version for name in RECORDED if (version := installed_version(name))},
         nvidia_gpu=nvidia_gpu,
@@ -284,22 +291,6 @@ def _nvidia_smi() -> tuple[str | None, str | None]:
 def _cpu_model() -> str:
     names = [line.partition(":")[2].strip() for line in _text("/proc/cpuinfo").splitlines() if "model name" in line]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def ram() -> tuple[int, int]:
-    """(total, free) bytes; the container's limit, if that is lower than the machine's memory."""
-    rows = (line.split() for line in _text("/proc/meminfo").splitlines())
-    kib = {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) > 1}
-    if "MemTotal" not in kib:  # not Linux
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return total, total
-    total, free = kib["MemTotal"] << 10, kib["MemAvailable"] << 10
-    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit() and int(limit) < total:
-        rows = (line.split() for line in _text("/sys/fs/cgroup/memory.stat").splitlines())
-        cached = dict(row for row in rows if len(row) == 2).get("inactive_file", "0")
-        return int(limit), min(free, int(limit) - int(used) + int(cached))
-    return total, free
 
 
 def _text(path: str) -> str:

@@ -4,7 +4,7 @@ Memory is allocated first and then pinned: PyTorch's own allocator of pinned mem
 two.
 
 `cudaHostRegister` asks the driver to lock the pages. The limit of `ulimit -l` (RLIMIT_MEMLOCK) is one of `mlock`, and
-the driver does not ask for it. What does limit it: free memory, the limit of the container (cgroup `memory.max`, in
+the driver does not ask for it. What does limit it: free memory, the limit of the container (a cgroup's, see `ram`, in
 which pinned pages count), and systems that pin little (WSL) or nothing.
 
 A pinned page belongs to its process: the system frees it when the process ends, however it ends.
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from solotune.errors import DeviceError
-from solotune.hardware.machine import ram
-from solotune.units import gib, mib
+from solotune.hardware.ram import ram
+from solotune.units import mib
 
 NAMES = {
     1: "cudaErrorInvalidValue",
@@ -50,17 +50,20 @@ def pin(host: torch.Tensor) -> None:
 
     Raises:
         DeviceError: the system does not pin it.
+        RuntimeError: the card failed before; `gpu_errors` explains it.
     """
     runtime: Any = torch.cuda.cudart()
-    if error := int(runtime.cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0)):
+    found = runtime.cudaHostRegister(host.data_ptr(), host.numel() * host.element_size(), 0)
+    if (error := int(found)) and error not in NAMES:  # of a kernel or a copy before it: the card is lost
+        raise RuntimeError(f"CUDA error: {runtime.cudaGetErrorString(found)} ({error})")
+    if error:
         raise _refusal(error, host.numel() * host.element_size())
     weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
 
 
 def _refusal(error: int, num_bytes: int) -> DeviceError:
-    total, free = ram()
-    seen = f"cudaHostRegister of {mib(num_bytes, 0)} MiB gives {NAMES.get(error, 'error')} ({error}); "
-    seen += f"{gib(free)} of {gib(total)} GiB of host memory are free"
+    seen = f"cudaHostRegister of {mib(num_bytes, 0)} MiB gives {NAMES[error]} ({error}); "
+    seen += ram().in_words()
     fewer = "stream fewer layers (base_offload: N), or none (base_offload: false)"
     if error in UNSUPPORTED:
         problem, change = "this system does not pin host memory for the GPU", "base_offload: false"

@@ -26,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from solotune.errors import InputError, IntegrityError
-from solotune.hardware.machine import ram
+from solotune.hardware.ram import ram
 from solotune.hub.safe_files import check_links, contained, json_object
 from solotune.regular_files import read_bytes
 from solotune.run.atomic_io import Folder
@@ -181,7 +181,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         IntegrityError: it is damaged.
     """
     try:
-        return load_tensors(read_bytes(path, min(MAX_TENSOR_BYTES, ram()[1] // 2)))  # the bytes, and the tensors
+        return load_tensors(read_bytes(path, min(MAX_TENSOR_BYTES, ram().free // 2)))  # the bytes, and the tensors
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", allowed="a folder that solotune or PEFT wrote") from None
     except OSError as error:

@@ -1,8 +1,10 @@
-"""Stream the frozen weights of decoder layers from host memory through a small ring of buffers on the GPU.
+"""Stream the frozen weights of decoder layers through a small ring of buffers on the GPU.
 
-    host (pinned)   layer 0 | layer 1 | layer 2 | ... | layer n-1        one block of bytes a layer
+    elsewhere       layer 0 | layer 1 | layer 2 | ... | layer n-1        one block of bytes a layer
                         |         |
     GPU             slot 0    slot 1                                     layer p is always in slot p mod S
+
+Elsewhere is pinned host memory (`host_blocks.py`), or the cards of several ranks (`sharded_blocks.py`).
 
 A frozen layer is read twice a step, in forward and in backward, and never written. While one layer computes, a stream
 of its own copies the next one that is needed: upwards in forward, downwards in backward. So the GPU holds S layers
@@ -33,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from solotune.model.host_blocks import HostBlock
+from solotune.model.layer_blocks import LayerBlock
 from solotune.model.limits import RING_SLOTS
 
 
@@ -46,7 +48,7 @@ class LayerRing:
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        blocks: Sequence[HostBlock],
+        blocks: Sequence[LayerBlock],
         device: torch.device,
         slots: int = RING_SLOTS,
     ) -> None:
@@ -59,8 +61,8 @@ class LayerRing:
         self.device, self.slots = device, min(slots, len(layers))
         self._position = {layer: position for position, layer in enumerate(layers)}
         self._forwards = [layer.forward for layer in layers]
-        self._hosts = [block.host for block in blocks]
-        size = max(host.numel() for host in self._hosts)
+        self._blocks = blocks
+        size = max(block.num_bytes for block in blocks)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.slots)]
         for position, block in enumerate(blocks):
             block.point_to(self._slots[position % self.slots])
@@ -101,11 +103,12 @@ class LayerRing:
 
     @property
     def num_bytes_on_host(self) -> int:
-        return sum(host.numel() for host in self._hosts)
+        return sum(block.num_bytes_on_host for block in self._blocks)
 
     @property
     def num_bytes_on_device(self) -> int:
-        return sum(slot.numel() for slot in self._slots)
+        parts = sum(block.num_bytes_on_device for block in self._blocks)
+        return parts + sum(slot.numel() for slot in self._slots)
 
     def enter(self, position: int) -> None:
         """Layer `position` computes next: wait for its weights, which are copied now if nothing has done so."""
@@ -124,9 +127,9 @@ class LayerRing:
         if self._copies is not None:
             self._free[position % self.slots] = torch.cuda.current_stream(self.device).record_event()
         further = position + direction * self.slots
-        if wraps and further >= len(self._hosts):
+        if wraps and further >= len(self._blocks):
             further = position % self.slots
-        if 0 <= further < len(self._hosts) and self._holds[further % self.slots] != further:
+        if 0 <= further < len(self._blocks) and self._holds[further % self.slots] != further:
             self._copy(further)
 
     def visit(self) -> Iterator[nn.Module]:
@@ -153,14 +156,13 @@ class LayerRing:
         self._arrived: list[Any] = [None] * self.slots  # after the copy into it; None: long ago
 
     def _copy(self, position: int) -> None:
-        slot, host = position % self.slots, self._hosts[position]
-        into = self._slots[slot][: host.numel()]
+        slot, block = position % self.slots, self._blocks[position]
         if self._copies is None:
-            into.copy_(host)
+            block.copy_into(self._slots[slot])
         else:
             self._copies.wait_event(self._free[slot] or torch.cuda.current_stream(self.device).record_event())
             with torch.cuda.stream(self._copies):
-                into.copy_(host, non_blocking=True)
+                block.copy_into(self._slots[slot])
                 self._arrived[slot] = self._copies.record_event()
         self._holds[slot] = position
 

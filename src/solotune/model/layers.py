@@ -37,12 +37,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from solotune.config.settings import PrecisionSettings
 from solotune.errors import InputError
+from solotune.model.frozen_linear import frozen_linears
 from solotune.model.host_activations import HostActivations
-from solotune.model.host_blocks import HostBlocks
+from solotune.model.host_blocks import HostBlock
 from solotune.model.host_embedding import move_embedding_to_host
+from solotune.model.layer_blocks import LayerBlocks
 from solotune.model.layer_ring import LayerRing
 from solotune.model.limits import MLP_CHUNK_TOKENS, offloaded_layers
+from solotune.model.sharded_blocks import SharedBase
 
 PARTITIONER_OPTIONS: dict[str, Any] = {
     "ban_recompute_used_far_apart": False,
@@ -84,42 +88,63 @@ def decoder_layers(module: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def layers_on_host(module: PreTrainedModel, base_offload: bool | int | Literal["auto"]) -> list[nn.Module]:
-    """The decoder layers whose frozen weights are in host memory.
+def streamed_layers(module: PreTrainedModel, precision: PrecisionSettings) -> list[nn.Module]:
+    """The decoder layers whose frozen weights are not on the device, or only a part of them.
 
     Raises:
         InputError: a part of one is also a part of something else, which would compute with the weights of whichever
             layer is on the device.
     """
     layers = decoder_layers(module)
-    chosen = [layers[number] for number in offloaded_layers(base_offload, len(layers))]
+    key, value = "base_offload", precision.base_offload
+    if precision.base_sharding is True:
+        key, value = "base_sharding", True
+    chosen = [layers[number] for number in offloaded_layers(value, len(layers))]
     if chosen:
         owners = Counter(child for part in module.modules() for child in part.children())
         parts = {part for layer in chosen for part in layer.modules()}
         if any(owners[part] > 1 and next(part.parameters(), None) is not None for part in parts):
             raise InputError(
-                f"base_offload: layers of {module.config.model_type} share parts, so they cannot be streamed alone",
-                seen=f"base_offload: {str(base_offload).lower()}",
-                change="base_offload: false",
+                f"{key}: layers of {module.config.model_type} share parts, so they cannot be streamed alone",
+                seen=f"{key}: {str(value).lower()}",
+                change=f"{key}: false",
             )
     return chosen
 
 
+def blocks_of(
+    module: PreTrainedModel, precision: PrecisionSettings, device: torch.device, shared: SharedBase | None
+) -> LayerBlocks[Any]:
+    """The blocks of those layers, to be made while they are loaded: in host memory, or on the cards of all ranks."""
+    make = functools.partial(HostBlock, device=device) if shared is None else shared.block
+    return LayerBlocks(streamed_layers(module, precision), frozen_linears(module), make)
+
+
 def stream_layers(
-    module: PreTrainedModel, base_offload: bool | int | Literal["auto"], blocks: HostBlocks, device: torch.device
+    module: PreTrainedModel,
+    precision: PrecisionSettings,
+    blocks: LayerBlocks[Any],
+    device: torch.device,
+    shared: SharedBase | None,
 ) -> LayerRing | None:
-    """Stream the frozen weights of those layers from host memory; the token embedding goes there too.
+    """Stream the frozen weights of those layers from host memory, or from the cards of all ranks.
+
+    The token embedding goes to host memory.
 
     Args:
         blocks: the weights of layers that are there already.
 
     Raises:
         DeviceError: the system does not pin so much memory.
+        CheckError: a rank cannot read another one's memory.
     """
-    if not (layers := layers_on_host(module, base_offload)):
+    if not (layers := streamed_layers(module, precision)):
         return None
+    made = [blocks.of(layer) for layer in layers]
+    if shared is not None:
+        shared.connect(made)
     move_embedding_to_host(module, device)
-    return LayerRing(layers, [blocks.of(layer) for layer in layers], device)
+    return LayerRing(layers, made, device)
 
 
 def num_checkpointed(gradient_checkpointing: bool | int | Literal["auto"], depth: int) -> int:

@@ -44,7 +44,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from solotune.config.run_config import Choice, RunConfig
-from solotune.config.settings import PrecisionSettings
 from solotune.dataset import Example
 from solotune.dataset.collate import Batch, collate, collate_packs
 from solotune.errors import InputError
@@ -55,18 +54,19 @@ from solotune.model.adapter_coverage import AdapterCoverage, adapter_coverage
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import FrozenLinear, frozen_linears
 from solotune.model.host_activations import HostActivations
-from solotune.model.host_blocks import HostBlocks
+from solotune.model.layer_blocks import LayerBlocks
 from solotune.model.layer_ring import LayerRing
 from solotune.model.layers import (
+    blocks_of,
     decoder_layers,
     language_model,
-    layers_on_host,
     num_checkpointed,
     prepare_layers,
     stream_layers,
 )
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.residency import settle_residency
+from solotune.model.sharded_blocks import SharedBase
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
@@ -78,6 +78,7 @@ from solotune.model.weights import (
     match_names,
     read_tensors,
 )
+from solotune.runtime.world import ALONE, World
 from solotune.units import first_line
 
 Progress = Callable[[int, int, str], None]
@@ -98,7 +99,8 @@ class TrainableModel:
     flat_params: nn.Parameter  # all adapters as one vector, for the optimizer: see `lora.join`
     is_compiled: bool = False
     uses_varlen_attention: bool = False  # packed rows are separated by `packed_attention`, not by a mask
-    ring: LayerRing | None = None  # streams the frozen weights of layers from host memory
+    ring: LayerRing | None = None  # streams the frozen weights of layers
+    shared: SharedBase | None = None  # they are parts on the cards of all ranks, else in host memory
     offload: HostActivations | None = None  # keeps the inputs of checkpointed layers there
 
     @property
@@ -158,6 +160,7 @@ def load_model(
     dtype: torch.dtype,
     model_files: ModelFiles | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
 ) -> TrainableModel:
     """Load the base of `config` on `device` and attach new adapters.
 
@@ -167,23 +170,26 @@ def load_model(
         dtype: of activations, norms, embeddings and head.
         model_files: of the config's model; None: resolved here.
         progress: called with the tensors read so far, and all of them.
+        world: the ranks that load it; with `base_sharding` they share it.
 
     Raises:
         InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
             of decoder layers, or a target module that matches nothing.
+        CheckError: a rank cannot read its part of a shared base.
     """
+    shared = SharedBase(world, device) if config.base_sharding is True else None
     model_files = (model_files or resolve_model(config)).with_weights()
     module, attention_name = empty_model(model_files, config.attn_implementation, config.batches, dtype, device)
     family, choices = module.config.model_type, list[Choice]()
     if attention_name != config.attn_implementation:
         because = f"{family} has no {config.attn_implementation} attention"
         choices.append(Choice("attn_implementation", attention_name, because))
-    module, found, blocks = _read_base(module, model_files, attention_name, config, dtype, device, progress)
+    module, found, blocks = _read_base(module, model_files, attention_name, config, dtype, device, shared, progress)
     choices += found
     module.requires_grad_(False)
     _set_generation(module, model_files)
     layers = decoder_layers(module)
-    ring = stream_layers(module, config.base_offload, blocks, device)
+    ring = stream_layers(module, config.precision, blocks, device, shared)
     if ring is None and config.base_precision == "nf4" and not config.multiplies_in_fp8:
         choices += settle_residency(module, config.base_residency, dtype, device)
     inside = language_model(module)
@@ -192,7 +198,7 @@ def load_model(
     check_head(module, head, device)
     model = TrainableModel(
         module, layers, lora_layers, head, dtype, device, choices, lora.join(lora_layers, device), config.torch_compile,
-        ring=ring, offload=HostActivations(device) if config.activation_offload else None,
+        ring=ring, shared=shared, offload=HostActivations(device) if config.activation_offload else None,
     )  # fmt: skip
     if device.type == "cuda" and attention_name == "sdpa":
         choices += _take_fast_attention(model, config.max_length, config.multiplies_in_fp8)
@@ -215,11 +221,12 @@ def _read_base(
     config: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
+    shared: SharedBase | None,
     progress: Progress | None,
-) -> tuple[PreTrainedModel, list[Choice], HostBlocks]:
+) -> tuple[PreTrainedModel, list[Choice], LayerBlocks[Any]]:
     """Read the weights into a model without weights (or another one of its class).
 
-    Returns: the model, what was chosen, and the weights of layers in host memory.
+    Returns: the model, what was chosen, and the weights of streamed layers.
     """
     folder, family = model_files.folder, module.config.model_type
     files = weight_files(folder)
@@ -239,7 +246,8 @@ def _read_base(
     for one, two in untied.items():
         choices.append(Choice("tie_word_embeddings", False, f"the files hold another {one} than {two}"))
     tensors = _counted(tensors, len(given), progress)
-    blocks = _fill(module, tensors, config.precision, dtype, device, config.model_name_or_path)
+    blocks = blocks_of(module, config.precision, device, shared)
+    _fill(module, tensors, config, dtype, device, blocks)
     tie(module, given)
     _check_complete(module, folder)
     return module, choices, blocks
@@ -277,14 +285,13 @@ def _own_tensors(module: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def _fill(
     module: PreTrainedModel,
     tensors: Iterator[tuple[str, torch.Tensor]],
-    precision: PrecisionSettings,
+    config: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
-    where: str,
-) -> HostBlocks:
+    blocks: LayerBlocks[Any],
+) -> None:
     """Store every tensor in its module; a linear becomes a `FrozenLinear` when its weight is read."""
-    frozen = frozen_linears(module)
-    blocks = HostBlocks(layers_on_host(module, precision.base_offload), frozen, device)
+    frozen, where, precision = frozen_linears(module), config.model_name_or_path, config.precision
     in_float32 = kept_in_float32(module, dtype)
     biases: dict[str, torch.Tensor] = {}
     for part in module.modules():  # buffers that were computed while the module was built
@@ -316,7 +323,6 @@ def _fill(
                 done.bias_O = biases[owner]
         if owner in frozen:
             blocks.loaded(owner)
-    return blocks
 
 
 def kept_in_float32(module: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:

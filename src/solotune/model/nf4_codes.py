@@ -4,30 +4,32 @@
     code of a weight     how many of the 15 bounds between NF4's 16 values w * (1 / a) exceeds
 
 bitsandbytes has no 4-bit kernel for CPUs. Its plain one searches the bounds for each weight, which branches at random:
-60 ns a weight, 7 minutes for an 8B model on one core. Here the range from -1 to 1 is cut into 65,536 cells, and a table
+60 ns a weight, 7 minutes for an 8B model on one core. Here the range from -1 to 1 is cut into 32,768 cells, and a table
 has the code of each. A cell that a bound lies in has none: its numbers, one of some thousands, are compared with the
 bounds. A number's cell never falls as the number grows, so the cells above and below a bound's own are on one side.
 
-Chunks are spread over threads, by NumPy: few long operations on each, since Python's lock is taken between them.
+Chunks are spread over threads. Each operation takes torch or NumPy, whichever is faster at it.
 
 Products and comparisons are those of the plain kernel in float32, so the codes and the scales are equal to its own.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import torch
 
 from solotune.hardware.bnb import functional as bnb
+from solotune.hardware.cpu_threads import numbers_at_once, spread
 
 BLOCK = 64  # weights per scale: QLoRA's block size and bitsandbytes' default
-CHUNK = 1 << 19  # weights that a thread takes at a time: 2 MiB in float32
-CELLS = 1 << 15  # between 0 and 1
-IN_CELL_OF_BOUND = 255
-SMALLEST = np.float32(1e-38)  # a scale below it counts as this one, so that a block of zeros has a reciprocal
+CELLS = 1 << 14  # between 0 and 1
+ROUNDS_TO_CELLS = 1.5 * 2**23 / CELLS  # float32 numbers near this one are 1 / CELLS apart
+IN_CELL_OF_BOUND = 0x80
+UPPER_BITS = np.uint64(0x8080808080808080)  # of eight codes
+SMALLEST = 1e-38  # a scale below it counts as this one, so that a block of zeros has a reciprocal
 ZERO = 7  # the code of 0
 
 
@@ -36,95 +38,76 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     The numbers must be finite.
     """
-    flat = _numbers(weight)
-    packed = torch.empty((-(-flat.size // 2), 1), dtype=torch.uint8)
-    scales = torch.empty(-(-flat.size // BLOCK), dtype=torch.float32)
-    whole = flat.size // BLOCK * BLOCK
-    workers = min(torch.get_num_threads(), -(-whole // CHUNK))
+    flat = weight.detach().contiguous().view(-1)
+    size, whole = len(flat), len(flat) // BLOCK * BLOCK
+    packed = np.empty(-(-size // 2), np.uint8)  # of NumPy, which asks for large pages: faster to touch first
+    scales, step = torch.empty(-(-size // BLOCK)), numbers_at_once()
 
-    def work(worker: int) -> None:
-        scratch = _Scratch(min(CHUNK, whole))
-        for at in range(worker * CHUNK, whole, workers * CHUNK):
-            end = min(at + CHUNK, whole)
-            scratch.quantize(flat[at:end], packed.numpy()[at // 2 : end // 2, 0], scales.numpy()[at // 64 : end // 64])
+    def work(starts: Iterator[int]) -> None:
+        scratch = None
+        for at in starts:
+            end = min(at + step, whole)
+            if scratch is None or scratch.size != end - at:  # only the last chunk is smaller
+                scratch = _Scratch(end - at)
+            scratch.quantize(flat[at:end], packed[at // 2 : end // 2], scales[at // BLOCK : end // BLOCK])
 
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, range(workers)))
-    elif workers:
-        work(0)
-    if whole < flat.size:
-        _quantize_rest(flat[whole:], packed.numpy()[whole // 2 :, 0], scales.numpy()[-1:])
-    return packed, scales
+    spread(work, range(0, whole, step))
+    if whole < size:
+        _quantize_rest(flat[whole:].float().numpy(), packed[whole // 2 :], scales[-1:].numpy())
+    return torch.from_numpy(packed)[:, None], scales
 
 
 class _Scratch:
-    """Room for a chunk, so that no memory is fetched per operation."""
+    """Room for a chunk and its views, so that no memory is fetched per operation, and few operations are needed."""
 
     def __init__(self, size: int) -> None:
-        self.x, self.cells = np.empty(size, np.float32), np.empty(size, np.float32)
-        self.numbers, self.codes = np.empty(size, np.int64), np.empty(size, np.uint8)
+        self.size = size
+        self.x, self.cells = torch.empty(size), torch.empty(size)
+        self.codes, self.pairs = np.empty(size, np.uint8), np.empty(size // 2, np.uint16)
+        self.factors = torch.empty(size // BLOCK, 1)
+        self._x_blocks, self._cells_blocks = self.x.view(-1, BLOCK), self.cells.view(-1, BLOCK)
+        self._codes = torch.from_numpy(self.codes)
 
-    def quantize(self, numbers: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
+    def quantize(self, numbers: torch.Tensor, packed: np.ndarray, scales: torch.Tensor) -> None:
         """Write the codes and scales of whole blocks."""
-        size = numbers.size
-        x, magnitudes = self.x[:size], self.cells[:size]
-        _to_float32(numbers, x)
-        np.abs(x, out=magnitudes)
-        bits = magnitudes.view(np.int32).reshape(-1, BLOCK)  # ordered as the numbers, and faster: no test for NaN
-        np.maximum.reduce(bits, axis=1, out=scales.view(np.int32))
-        blocks = x.reshape(-1, BLOCK)
-        np.multiply(blocks, (np.float32(1) / np.maximum(scales, SMALLEST))[:, None], out=blocks)
-        _pack(self._codes(x), packed)
+        self.x.copy_(numbers)
+        torch.abs(self.x, out=self.cells)
+        torch.amax(self._cells_blocks, 1, out=scales)
+        torch.clamp(scales, min=SMALLEST, out=self.factors.view(-1))
+        self._x_blocks.mul_(self.factors.reciprocal_())
+        self._find_codes()
+        _pack(self.codes, packed, self.pairs)
 
-    def _codes(self, x: np.ndarray) -> np.ndarray:
+    def _find_codes(self) -> None:
         """How many bounds each number exceeds."""
-        cells, numbers, codes = self.cells[: x.size], self.numbers[: x.size], self.codes[: x.size]
-        np.copyto(numbers, _cell(x, cells), casting="unsafe")
-        np.take(_table(), numbers, out=codes, mode="clip")
-        near = np.flatnonzero(codes == IN_CELL_OF_BOUND)
-        codes[near] = _searched(x[near])
-        return codes
+        torch.index_select(_table(), 0, _cell(self.x, self.cells), out=self._codes)
+        (near,) = (self.codes.view(np.uint64) & UPPER_BITS != 0).nonzero()  # eight at a time, since they are few
+        self.codes.reshape(-1, 8)[near] = _searched(self.x.numpy().reshape(-1, 8)[near])
 
 
-def _quantize_rest(numbers: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
+def _quantize_rest(x: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> None:
     """The last block, which is not full: bitsandbytes divides by its scale instead."""
-    x = np.empty(numbers.size, np.float32)
-    _to_float32(numbers, x)
-    scales[0] = np.maximum(np.abs(x).max(), SMALLEST)
+    scales[0] = np.maximum(np.abs(x).max(), np.float32(SMALLEST))
     codes = np.full(2 * packed.size, ZERO, np.uint8)
     codes[: x.size] = _searched(x / scales[0])
-    _pack(codes, packed)
+    _pack(codes, packed, np.empty(packed.size, np.uint16))
 
 
-def _numbers(weight: torch.Tensor) -> np.ndarray:
-    """The weight as a flat array; bfloat16, which NumPy lacks, as its bits."""
-    flat = weight.detach().contiguous().view(-1)
-    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+def _cell(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """x * CELLS rounded to a whole number, from 0 on if it is positive and from 2^16 down if it is negative.
 
-
-def _to_float32(numbers: np.ndarray, out: np.ndarray) -> None:
-    if numbers.dtype == np.uint16:
-        bits = out.view(np.uint32)
-        bits[:] = numbers
-        np.left_shift(bits, np.uint32(16), out=bits)
-    else:
-        np.copyto(out, numbers)
-
-
-def _cell(x: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """x * CELLS + CELLS in float32, whose whole part is the number of the cell."""
-    np.multiply(x, np.float32(CELLS), out=out)
-    return np.add(out, np.float32(CELLS), out=out)
+    The sum rounds: its lowest bits are that number.
+    """
+    return torch.add(x, ROUNDS_TO_CELLS, out=out).view(torch.int32).bitwise_and_(0xFFFF)
 
 
 @cache
-def _table() -> np.ndarray:
+def _table() -> torch.Tensor:
     """Code of each cell, or IN_CELL_OF_BOUND."""
-    bounds = _bounds()
-    cells = _cell(bounds, np.empty_like(bounds)).astype(np.int64)
-    codes = np.searchsorted(cells, np.arange(2 * CELLS + 1)).astype(np.uint8)
-    codes[cells] = IN_CELL_OF_BOUND
+    bounds = torch.from_numpy(_bounds())
+    cells = _cell(bounds, torch.empty_like(bounds)).to(torch.int16)  # negative again
+    codes = torch.searchsorted(cells, torch.arange(1 << 16).to(torch.int16)).to(torch.uint8)
+    codes[cells.long() & 0xFFFF] = IN_CELL_OF_BOUND
     return codes
 
 
@@ -133,10 +116,11 @@ def _searched(x: np.ndarray) -> np.ndarray:
     return np.searchsorted(_bounds(), x).astype(np.uint8)
 
 
-def _pack(codes: np.ndarray, packed: np.ndarray) -> None:
+def _pack(codes: np.ndarray, packed: np.ndarray, pairs: np.ndarray) -> None:
     """Two codes in a byte, the first one in its upper half."""
-    pairs = codes.view("<u2")  # first + 256 x second
-    packed[:] = (pairs << 4) | (pairs >> 8)
+    np.multiply(codes.view("<u2"), np.uint16(1 + (1 << 12)), out=pairs)  # (first + 256 second) (1 + 16 x 256) ...
+    np.right_shift(pairs, 8, out=pairs)  # ... whose upper byte is 16 first + second
+    np.copyto(packed, pairs, casting="unsafe")
 
 
 @cache

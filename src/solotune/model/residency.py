@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from solotune.config.run_config import Choice
-from solotune.hardware.machine import ram
+from solotune.hardware.ram import ram
 from solotune.model.frozen_linear import NF4Weight
 from solotune.units import gib, mib
 
@@ -19,7 +19,7 @@ def settle_residency(
     copy_bytes = sum(part.shape[0] * part.shape[1] for part in storages) * dtype.itemsize
     residency, choices = base_residency, []
     if residency == "auto":
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram()[1]
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else ram().free
         residency = "dequantized" if copy_bytes < free / 4 else "quantized"
         reason = f"unpacked weights take {mib(copy_bytes, 0)} MiB of {gib(free, 0)} GiB free"
         reason += ", and save unpacking in every pass" if residency == "dequantized" else ", more than a quarter"

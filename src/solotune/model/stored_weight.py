@@ -11,7 +11,7 @@ from solotune.model.frozen_linear import DenseWeight, Fp8Weight, NF4Weight, Stor
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Rows = Callable[[int, int], torch.Tensor]
-"""(begin, end) -> these rows of a weight."""
+"""(begin, end) -> these rows of a weight, once: the caller may overwrite them."""
 
 
 def store_weight(weight_OI: torch.Tensor, precision: PrecisionSettings, dtype: torch.dtype) -> Storage:

@@ -19,6 +19,8 @@ WORKSPACE_BYTES = {9: 32 * MIB, 10: 32 * MIB, 12: 32 * MIB}
 WORKSPACE_BYTES_OLDER = 8 * MIB + 128 * 1024
 CONTEXT_BYTES = 520 * MIB
 """CUDA context, loaded kernels and fragments of the allocator: uses the card's memory, not part of torch's peak."""
+NCCL_BYTES = 300 * MIB
+"""Buffers of NCCL on each card of several: a guess, some 10 MiB for each of its channels."""
 FRAGMENTATION = 1.02
 """Memory reserved by the allocator, relative to what is used at the peak."""
 CPU_PROCESS_BYTES = 800 * MIB
@@ -45,6 +47,12 @@ GRAPH_KERNEL_SECONDS = 1.2e-6  # the least time of a kernel in a CUDA graph
 STEP_SECONDS = 0.003  # reading rows, the optimizer's launches, the loss's transfer to the host
 
 DUPLEX_SHARE = 0.89  # of the link's rate that each direction has while both copy (48.9 of 54.9 GB/s, one H200)
+
+# --- several ranks
+HOP_SECONDS = 6e-6  # of each of the 2 (N - 1) sends of an all-reduce in a ring of N: a guess
+ALL_REDUCE_SECONDS = 1.3e-4  # of each: 0.03 ms beside the sends (two H200), and the loop that asks whether it is done
+SHARE_BESIDE_PEER_COPIES = 0.87  # speed of matrix products while the card copies from another one's memory (two H200)
+GLOO_BYTES_PER_SECOND = 1e9  # over loopback, each CPU rank: a guess
 
 # --- once per run
 CUDA_IMPORT_SECONDS = 3.0

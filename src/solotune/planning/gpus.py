@@ -5,12 +5,16 @@ without sparsity and memory bandwidths, from NVIDIA's data sheets and architectu
 Ada AD102 to AD107, Hopper H100 and H200, Turing TU102/TU104, Blackwell GB202. Consumer cards' rates are those with
 float32 accumulation, which training uses. A laptop's card has those of its usual boost clock; its power limit can lower
 them.
+
+Links: PCIe to the host (`PCIE_BYTES`), and to the other cards of a machine NVLink (`NVLINK_BYTES`) or PCIe again.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from solotune.errors import InputError
 
@@ -30,6 +34,8 @@ class Card:
     link_bytes: float  # a second, from pinned host memory over PCIe
     shown_as: tuple[str, ...] = ()  # parts of the name that torch shows
     link_is_measured: bool = False
+    nvlink_bytes: float = 0.0  # a second to all other cards, in each direction; 0: no NVLink
+    has_peer_access: bool = False  # cards of one machine read each other's memory
 
     @property
     def has_bf16(self) -> bool:
@@ -44,15 +50,65 @@ class Card:
     def is_cpu(self) -> bool:
         return self.compute_capability is None
 
+    @property
+    def peer_link(self) -> str:
+        """The way from card to card."""
+        return "NVLink" if self.nvlink_bytes else "PCIe"
+
+    @property
+    def peer_bytes(self) -> float:
+        """Bytes a second that a card copies from the memory of other cards."""
+        return NVLINK_COPY_SHARE * self.nvlink_bytes or self.link_bytes
+
+    @property
+    def all_reduce_bytes(self) -> float:
+        """Bytes a second that each card sends in NCCL's ring (the "bus bandwidth" of nccl-tests)."""
+        return NVLINK_ALL_REDUCE_SHARE * self.nvlink_bytes or HOST_ALL_REDUCE_SHARE * self.link_bytes
+
+    def beside(self, others: int) -> Card:
+        """This card in a machine with so many others: they copy from the same host memory."""
+        return replace(self, link_bytes=min(self.link_bytes, HOST_MEMORY_BYTES / (1 + others)))
+
+
+class Cards(NamedTuple):
+    """Equal cards of one machine."""
+
+    card: Card
+    count: int
+
 
 PCIE_BYTES = {"3": 12.3e9, "4": 24.7e9, "4x8": 12.3e9, "5": 55e9}
 """Copies from pinned memory a second, by generation (16 lanes, or as named). The fifth was measured (54.9 GB/s, H200);
 the others are what its share of the nominal rate gives."""
 
 
+NVLINK_BYTES = {
+    **{"v100-16": 150e9, "v100-32": 150e9, "a100-40": 300e9, "a100-80": 300e9},
+    **{"h100": 450e9, "h200": 450e9, "b200": 900e9},
+}
+"""Nominal bytes a second in one direction, half of what the data sheets of the SXM cards give for both: NVLink 2 (V100,
+300 GB/s), 3 (A100, 600), 4 (H100 and H200, 900) and 5 (B200, 1,800). Bridges that join pairs of PCIe cards are extras,
+so they are not counted."""
+NVLINK_COPY_SHARE, NVLINK_ALL_REDUCE_SHARE = 0.83, 0.69
+"""Shares of it that copies from another card's memory and NCCL's all-reduce reach. Measured on two H200 (torch 2.11):
+373 GB/s while both cards copy; all-reduces of 56 to 512 MB at 310 GB/s after a fixed time. Guesses for other cards."""
+HOST_ALL_REDUCE_SHARE = 0.5
+"""Share of `PCIE_BYTES` that an all-reduce reaches without NVLink: each byte goes to host memory and from there to the
+next card. A guess."""
+HOST_MEMORY_BYTES = 200e9
+"""Bytes a second that all cards of a machine together copy from host memory: eight channels of DDR4-3200 (204.8 GB/s).
+A server with two sockets of DDR5 has three times that, a desktop with two channels a quarter."""
+MOST_CARDS = 16
+"""Cards of one machine, at most (HGX-2)."""
+
+
 def _card(name: str, gib: float, bf16: float, fp8: float | None, gbs: float, sm: str, pcie: str, *shown: str) -> Card:
     major, minor = sm.split(".")
-    return Card(name, int(gib * GIB), bf16, fp8, gbs * 1e9, (int(major), int(minor)), PCIE_BYTES[pcie], shown)
+    nvlink = NVLINK_BYTES.get(name, 0.0)
+    return Card(
+        name, int(gib * GIB), bf16, fp8, gbs * 1e9, (int(major), int(minor)), PCIE_BYTES[pcie], shown,
+        nvlink_bytes=nvlink, has_peer_access=nvlink > 0,
+    )  # fmt: skip
 
 
 CARDS = {
@@ -88,23 +144,59 @@ CARDS = {
 ALIASES = {"a100": "a100-80", "a100-40gb": "a100-40", "a100-80gb": "a100-80", "h100-80": "h100", "v100": "v100-16"}
 
 
-def card_named(name: str) -> Card:
+def card_named(name: str, count: str = "") -> Card:
     """Find the card of `--gpu NAME`.
+
+    Args:
+        count: what the user has written behind it, such as `x2`.
 
     Raises:
         InputError: the card is not in the table.
     """
-    key = name.lower().removeprefix("nvidia").strip(" -").removeprefix("rtx").strip(" -").replace(" ", "-")
-    key = ALIASES.get(key, key)
+    key = _key_of(name)
     if key in CARDS:
         return CARDS[key]
     near = difflib.get_close_matches(key, CARDS, 1)
     raise InputError(
         "command line, --gpu: this card is not in the table",
-        seen=name,
+        seen=name + count,
         allowed=", ".join(CARDS),
-        change=f"--gpu {near[0]}" if near else None,
+        change=f"--gpu {near[0]}{count}" if near else None,
     )
+
+
+def cards_named(text: str) -> Cards:
+    """The cards of `--gpu h100`, or of `--gpu h100x2`: two of them in one machine.
+
+    Raises:
+        InputError: the card is not in the table, or no machine has so many.
+    """
+    if _key_of(text) in CARDS:
+        return Cards(card_named(text), 1)
+    turned = re.fullmatch(r"(\d+)\s*[xX]\s*(.+)", text.strip())
+    if turned and _key_of(turned[2]) in CARDS:  # 2xh100
+        raise _not_a_count(text, card_named(turned[2]), turned[1])
+    found = re.fullmatch(r"(.+?)\s*[xX]\s*(-?\d*)", text.strip())
+    if found is None:
+        return Cards(card_named(text), 1)
+    card, count = card_named(found[1], f"x{found[2]}"), found[2]
+    if not count.isdecimal() or not 1 <= int(count) <= MOST_CARDS:
+        raise _not_a_count(text, card, "2")
+    return Cards(card, int(count))
+
+
+def _not_a_count(text: str, card: Card, count: str) -> InputError:
+    return InputError(
+        "command line, --gpu: not a number of GPUs in one machine",
+        seen=text,
+        allowed=f"a card, then x1 to x{MOST_CARDS}",
+        change=f"--gpu {card.name}x{count}",
+    )
+
+
+def _key_of(name: str) -> str:
+    key = name.lower().strip().removeprefix("nvidia").strip(" -").removeprefix("rtx").strip(" -").replace(" ", "-")
+    return ALIASES.get(key, key)
 
 
 def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -> Card:
@@ -120,6 +212,8 @@ def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -
             return same, abs(card.memory_bytes - memory_bytes)
 
         known = min(CARDS.values(), key=distance)
+    # a bridge between PCIe cards cannot be seen from here
+    nvlink = 0.0 if "PCIE" in name.upper() else known.nvlink_bytes
     return Card(
         known.name if any(part in name for part in known.shown_as) else f"{name} (rates of {known.name})",
         memory_bytes,
@@ -128,6 +222,8 @@ def card_of(name: str, memory_bytes: int, compute_capability: tuple[int, int]) -
         known.bandwidth_bytes,
         compute_capability,
         known.link_bytes,
+        nvlink_bytes=nvlink,
+        has_peer_access=nvlink > 0,
     )
 
 

@@ -141,11 +141,17 @@ class Workload:
     generated_tokens: int = 0
     has_one_shape: bool = False  # all micro-batches have one shape: compiled passes become CUDA graphs
     is_measured: bool = False  # counted on the rows of the run; False: full rows are assumed
+    ranks: int = 1  # each with `accumulation` micro-batches of every step
+    local_ranks: int = 1  # those on one machine
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens without padding."""
-        return self.rows * self.mean_tokens * self.real_share * self.accumulation
+        """Tokens of all ranks, without padding."""
+        return self.rows * self.mean_tokens * self.real_share * self.accumulation * self.ranks
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows * self.accumulation * self.ranks
 
 
 Precision = Literal["nf4", "fp8", "bf16", "fp32"]
@@ -163,3 +169,9 @@ class MemoryStrategy:
     optim: str
     device: Literal["cuda", "cpu"]
     num_streamed: int = 0  # layers whose frozen weights are in host memory
+    num_shards: int = 1  # cards that the frozen weights of all layers are split over
+
+    @property
+    def copies_base(self) -> bool:
+        """Whether frozen layers are copied to this card in each pass."""
+        return self.num_streamed > 0 or self.num_shards > 1

@@ -7,6 +7,7 @@
 
 What lies in host memory is not on the card: frozen layers, but for the two slots that they pass through, with them the
 token embedding; the inputs of checkpointed layers, but for two (`layer_ring`, `host_embedding`, `host_activations`).
+Where the base is sharded, a card has its part of each layer, and two slots too.
 
 The peak is the largest of these moments, each summed from the costs of the layers, in order. It is what the allocator
 has given out (`torch.cuda.max_memory_allocated`); `card_bytes` adds the memory outside the allocator.
@@ -71,8 +72,9 @@ class PeakMemory:
     by_category: dict[str, int]
     moment: str  # forward, head or backward: when the peak is
     paged_bytes: int  # paged optimizer state, outside the allocator
-    outside_bytes: int  # CUDA context and fragmentation
+    outside_bytes: int  # CUDA context, NCCL and fragmentation
     host: HostMemory
+    peers_bytes: int = 0  # of frozen layers that are on the other cards
 
     @property
     def host_bytes(self) -> int:
@@ -94,12 +96,14 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
     """The peak of a training step of the largest micro-batch."""
     is_cpu = card.is_cpu
     host = host_memory(shape, knobs, work)
-    slots = ring_bytes(shape, knobs)
+    slots, elsewhere = ring_bytes(shape, knobs), sharded_bytes(shape, knobs)
     weights, scales = weight_bytes(shape, knobs) + slots.weights, quantisation_bytes(shape, knobs) + slots.scales
     if not is_cpu:  # a CPU's host memory is its memory
         their_weights = sum(stored_bytes(shape, number, knobs).weights for number in _streamed(shape, knobs))
         weights -= host.embedding + their_weights
         scales -= host.layers - their_weights
+        weights -= elsewhere.weights
+        scales -= elsewhere.scales
     fixed = {
         "weights": weights,
         "quantization_state": scales,
@@ -109,7 +113,7 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
     }
     peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
     moment, activations, logits = peak.name, peak.activations, peak.logits
-    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card, work.has_one_shape))
+    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card))
     sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
     paged = optimizer[1]
     if is_cpu:
@@ -122,7 +126,10 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
         paged = 0
     used = sum(sizes.values())
     outside = 0 if is_cpu else known.CONTEXT_BYTES + (known.FRAGMENTATION - 1) * used
-    return PeakMemory({n: round(sizes[n]) for n in CATEGORIES}, moment, round(paged), round(outside), host)
+    if work.ranks > 1 and not is_cpu:
+        outside += known.NCCL_BYTES
+    by_category = {name: round(sizes[name]) for name in CATEGORIES}
+    return PeakMemory(by_category, moment, round(paged), round(outside), host, sum(elsewhere))
 
 
 class StoredBytes(NamedTuple):
@@ -134,6 +141,20 @@ class StoredBytes(NamedTuple):
 
 def _streamed(shape: ModelShape, knobs: MemoryStrategy) -> list[int]:
     return offloaded_layers(knobs.num_streamed, len(shape.layers))
+
+
+def passing_layers(shape: ModelShape, knobs: MemoryStrategy) -> list[int]:
+    """The layers that are copied to the ring of this card: from host memory, or from other cards too."""
+    return list(range(len(shape.layers))) if knobs.num_shards > 1 else _streamed(shape, knobs)
+
+
+def sharded_bytes(shape: ModelShape, knobs: MemoryStrategy) -> StoredBytes:
+    """Bytes of the layers that are on other cards."""
+    if knobs.num_shards == 1:
+        return StoredBytes(0, 0)
+    whole = [stored_bytes(shape, number, knobs) for number in range(len(shape.layers))]
+    elsewhere = 1 - 1 / knobs.num_shards
+    return StoredBytes(round(elsewhere * sum(w for w, _ in whole)), round(elsewhere * sum(s for _, s in whole)))
 
 
 def stored_bytes(shape: ModelShape, number: int, knobs: MemoryStrategy) -> StoredBytes:
@@ -153,8 +174,8 @@ def _stored_bytes(
 
 
 def ring_bytes(shape: ModelShape, knobs: MemoryStrategy) -> StoredBytes:
-    """Bytes on the card of the slots that streamed layers pass through: each holds the largest of them."""
-    numbers = _streamed(shape, knobs)
+    """Bytes on the card of the slots that layers pass through: each holds the largest of them."""
+    numbers = passing_layers(shape, knobs)
     largest = max((stored_bytes(shape, number, knobs) for number in numbers), key=sum, default=StoredBytes(0, 0))
     slots = min(RING_SLOTS, len(numbers))
     return StoredBytes(slots * largest.weights, slots * largest.scales)
@@ -166,7 +187,7 @@ def host_memory(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> Hos
     inputs = shape.layers[: max(0, knobs.num_checkpointed - 1)] if knobs.is_offloaded else ()
     return HostMemory(
         layers=sum(sum(stored_bytes(shape, number, knobs)) for number in numbers),
-        embedding=shape.dtype_bytes * shape.embedding_parameters if numbers else 0,
+        embedding=shape.dtype_bytes * shape.embedding_parameters if knobs.copies_base else 0,
         activations=round(sum(layer.output.at(work.rows, work.tokens) for layer in inputs)),
     )
 
@@ -328,10 +349,10 @@ def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
     return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)
 
 
-def _library_bytes(card: Card, has_graphs: bool) -> int:
-    """Bytes of cuBLAS's workspaces: for the forward thread, the backward thread, and the recorded stream."""
+def _library_bytes(card: Card) -> int:
+    """Bytes of cuBLAS's workspaces: for the forward and the backward thread; recorded passes have them instead."""
     major = (card.compute_capability or (0, 0))[0]
-    return (2 + has_graphs) * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
+    return 2 * known.WORKSPACE_BYTES.get(major, known.WORKSPACE_BYTES_OLDER)
 
 
 def _rounded(size: float) -> int:

@@ -1,4 +1,4 @@
-"""A larger micro-batch where the frozen base is streamed: each copy of the layers then serves more rows.
+"""A larger micro-batch where the frozen base is streamed or sharded: each copy of the layers then serves more rows.
 
     4 rows x 8 micro-batches     16 copies of each streamed layer in a step (forward and backward of each)
     8 rows x 4 micro-batches      8 copies, and the same 32 rows
@@ -41,23 +41,27 @@ class MicroBatch(NamedTuple):
 
     def choices(self, before: Candidate) -> list[Choice]:
         rows, accumulation = self.resolved.per_device_train_batch_size, self.resolved.gradient_accumulation_steps
-        copied = format_bytes(before.footprint.host.layers)
-        because = f"each micro-batch copies {copied} of streamed layers twice: {self.in_words(before)}"
+        used = before.footprint
+        copied = format_bytes(used.host.layers or used.peers_bytes)
+        how = "streamed" if used.host.layers else "sharded"
+        because = f"each micro-batch copies {copied} of {how} layers twice: {self.in_words(before)}"
+        rows_per_step = rows * accumulation * self.resolved.ranks
         return [
             Choice("per_device_train_batch_size", rows, because),
-            Choice("gradient_accumulation_steps", accumulation, f"the same {rows * accumulation} rows a step"),
+            Choice("gradient_accumulation_steps", accumulation, f"the same {rows_per_step} rows a step"),
         ]
 
     def note(self, before: Candidate) -> str:
         rows, accumulation = self.resolved.per_device_train_batch_size, self.resolved.gradient_accumulation_steps
         change = f"per_device_train_batch_size: {rows} with gradient_accumulation_steps: {accumulation}"
-        return f"copies of streamed layers set the pace: {change}, the same rows a step, gives {self.in_words(before)}"
+        how = "streamed" if before.footprint.host.layers else "sharded"
+        return f"copies of {how} layers set the pace: {change}, the same rows a step, gives {self.in_words(before)}"
 
 
 def larger_micro_batch(
     config: RunConfig, before: Candidate, work: Workload, best: Best, workloads: Workloads | None
 ) -> MicroBatch | None:
-    """The micro-batch that makes a plan with streamed layers faster; None if none does by much, or none fits.
+    """The micro-batch that makes a plan with streamed or sharded layers faster; None if none does by much or fits.
 
     None on a CPU too: there is no link.
 
@@ -66,7 +70,7 @@ def larger_micro_batch(
         best: plans a config for a work of the step.
         workloads: the work of the step of a config; None: rows and tokens as in `work`.
     """
-    if before.knobs.device == "cpu" or not before.knobs.num_streamed:
+    if before.knobs.device == "cpu" or not before.knobs.copies_base:
         return None
     rows, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     found: list[MicroBatch] = []

@@ -9,17 +9,17 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.errors import CheckError
 from solotune.model.adapter_coverage import AdapterCoverage
 from solotune.planning.gpus import CARDS, Card
-from solotune.planning.layer_profile import MemoryStrategy
+from solotune.planning.layer_profile import MemoryStrategy, Workload
 from solotune.planning.memory import PeakMemory
 from solotune.planning.throughput import Seconds
 from solotune.result_repr import ResultRepr, Table
-from solotune.units import format_bytes, format_duration, format_rate, format_step_time, gib
+from solotune.units import format_bytes, format_duration, format_rate, format_step_time
 
 SAFETY = 1.02
 """Safety factor: the estimate may be this much too low, so the budget must hold the estimate times this."""
 SHARE_OF_HOST = 0.9
 """The share of the host's free memory that a run may pin. Free is what the system has available, or what is left below
-the limit of the container (cgroup v2 `memory.max`), which counts pinned pages like all others. `cudaHostRegister` pins
+the limit of the container or job (`ram`), which counts pinned pages like all others. `cudaHostRegister` pins
 through NVIDIA's driver, which does not ask for the limit of locked memory (`ulimit -l`, RLIMIT_MEMLOCK)."""
 SHARE_OF_CARD = 0.94
 """The share of a card that is not in this machine which `memory_budget: auto` uses. The rest is for the desktop, other
@@ -60,6 +60,27 @@ class Candidate:
     knobs: MemoryStrategy
     footprint: PeakMemory
     seconds: Seconds
+    instead: Candidate | None = None  # the fastest that streams a base that this one shards, or the other way round
+
+
+class Ranks(NamedTuple):
+    """The ranks that share a step, one on each card."""
+
+    size: int = 1
+    local: int = 1  # on one machine
+    micro_batch: tuple[int, int] = (1, 1)  # rows, and micro-batches of a step on each rank
+
+    @classmethod
+    def of(cls, work: Workload) -> Ranks:
+        return cls(work.ranks, work.local_ranks, (work.rows, work.accumulation))
+
+    @property
+    def rows_per_step(self) -> int:
+        rows, accumulation = self.micro_batch
+        return rows * accumulation * self.size
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +99,7 @@ class Plan(ResultRepr):
     coverage: AdapterCoverage | None = None  # which parts of the model have adapters
     findings: list[dict[str, Any]] | None = None  # faults that are certain before the first step; None: not asked
     allowed: frozenset[str] = frozenset()  # codes of the faults in `allow_faults`
+    ranks: Ranks = ALONE
 
     @property
     def is_fault(self) -> bool:
@@ -111,11 +133,30 @@ class Plan(ResultRepr):
             "first step": format_duration(took.first_step),
             "step": f"{format_step_time(took.step)}, {format_rate(took.tokens_per_second)} (predicted)",
         }
+        facts |= self._times_of_ranks()
         if took.total is not None:
             facts["total"] = format_duration(took.total)
         if self.option.footprint.host_bytes:
             how = "measured" if card.link_is_measured else "as such cards have; solotune doctor measures it"
             facts["link"] = f"{card.link_bytes / 1e9:.1f} GB/s from host memory to the card, {how}"
+        return facts
+
+    def _times_of_ranks(self) -> dict[str, str]:
+        """What several ranks give in all and on each card, and what their links take; nothing for one rank."""
+        (size, _, (rows, accumulation)), took, card = self.ranks, self.option.seconds, self.card
+        if size == 1:
+            return {}
+        one, rate = "rank" if card.is_cpu else "GPU", format_rate(took.tokens_per_second)
+        facts = {
+            "step": f"{format_step_time(took.step)}, {rate} on {size} {one}s (predicted)",
+            f"each {one}": f"{format_rate(took.tokens_per_second / size)}, {rows} x {accumulation} "
+            f"of the {self.ranks.rows_per_step:,} rows of a step",
+        }
+        way = "gloo" if card.is_cpu else f"{card.peer_link}, {card.all_reduce_bytes / 1e9:.0f} GB/s"
+        facts["all-reduce"] = f"{1e3 * took.communication:.1f} ms a step, over {way} (predicted)"
+        if self.option.footprint.peers_bytes and not card.is_cpu:
+            copied = f"{format_bytes(self.option.footprint.peers_bytes)} of layers"
+            facts["sharding"] = f"{copied} from the other GPUs in each pass, at {card.peer_bytes / 1e9:.0f} GB/s"
         return facts
 
     def host_memory(self) -> list[tuple[str, int]]:
@@ -125,8 +166,11 @@ class Plan(ResultRepr):
             return []
         rows = [(f"{name} in host memory", size) for name, size in host._asdict().items() if size]
         rows.append(("pinned host memory", sum(host)))
+        if self.ranks.local > 1:
+            rows.append((f"pinned host memory of {self.ranks.local} ranks", self.ranks.local * sum(host)))
         most = self.budget.pinnable_bytes
-        return rows if most is None else [*rows, ("host memory that may be pinned", most)]
+        each = " by each rank" if self.ranks.local > 1 else ""
+        return rows if most is None else [*rows, (f"host memory that may be pinned{each}", most)]
 
     def tables(self) -> list[Table]:
         used = self.option.footprint
@@ -162,43 +206,70 @@ class Plan(ResultRepr):
             "notes": self.notes,
             "changes": [{"key": key, "value": value} for key, value in self.changes],
             "adapters": self.coverage and self.coverage.to_json(),
+            **({} if self.ranks.size == 1 else {"ranks": self._ranks_json()}),
             **({} if self.findings is None else {"findings": self.findings}),
+        }
+
+    def compared_with(self, alone: Plan, command: str) -> list[str]:
+        """In words, what this plan for all GPUs of a machine gives beside that for one of them."""
+        if not self.fits:
+            return []
+        count, rate = self.ranks.size, self.option.seconds.tokens_per_second
+        gain = (
+            f"{rate / alone.option.seconds.tokens_per_second:.2f} times as fast, " if alone.fits else "it fits there, "
+        )
+        return [f"on the {count} GPUs of this machine: {gain}{format_rate(rate)} (predicted): {command}"]
+
+    def _ranks_json(self) -> dict[str, Any]:
+        used, took, card = self.option.footprint, self.option.seconds, self.card
+        return {
+            "size": self.ranks.size,
+            "on_one_machine": self.ranks.local,
+            "rows_per_step": self.ranks.rows_per_step,
+            "tokens_per_second_per_gpu": took.tokens_per_second / self.ranks.size,
+            "communication_seconds": took.communication,
+            "link": "gloo" if card.is_cpu else card.peer_link,
+            "all_reduce_bytes_per_second": None if card.is_cpu else card.all_reduce_bytes,
+            "copy_bytes_per_second": None if card.is_cpu else card.peer_bytes,
+            "bytes_on_other_gpus": used.peers_bytes,
+            "host_bytes_of_all": self.ranks.local * used.host_bytes,
         }
 
     def refusal(self) -> CheckError:
         """The error for a run that does not fit."""
         used = self.option.footprint
         if self.lacks_host_memory:
-            free = f"{gib(self.budget.host_bytes or 0)} GiB that are free"
+            each = f" for each of {self.ranks.local} ranks" if self.ranks.local > 1 else ""
+            free = f"{format_bytes(self.budget.host_bytes or 0)} that are free{each}"
             return CheckError(
                 "the run does not fit in host memory",
-                seen=f"{used.host.in_words()} to pin; the GPU would hold its part, {gib(used.peak_bytes)} GiB",
-                allowed=f"{gib(self.budget.pinnable_bytes or 0)} GiB: {SHARE_OF_HOST:.0%} of the {free}",
+                seen=f"{used.host.in_words()} to pin{each}; the GPU would hold {format_bytes(used.peak_bytes)}",
+                allowed=f"{format_bytes(self.budget.pinnable_bytes or 0)}: {SHARE_OF_HOST:.0%} of the {free}",
                 change=self.suggestion(),
             )
-        seen = (
-            f"a peak of {gib(used.peak_bytes)} GiB ({used.moment}), {gib(used.card_bytes)} GiB with the driver and the "
-        )
-        seen += f"allocator, on {self.card.name}"
+        seen = f"a peak of {format_bytes(used.peak_bytes)} ({used.moment}), {format_bytes(used.card_bytes)} with "
+        seen += f"the driver and the allocator, on {self.card.name}"
         return CheckError(
-            "the run does not fit in memory", seen=seen, allowed=f"{gib(self.budget.bytes)} GiB: {self.budget.because}",
+            "the run does not fit in memory",
+            seen=seen,
+            allowed=f"{format_bytes(self.budget.bytes)}: {self.budget.because}",
             change=self.suggestion(),
-        )  # fmt: skip
+        )
 
     def suggestion(self) -> str:
         """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
         if self.changed is None and self.lacks_host_memory:
-            needed = self.option.footprint.host_bytes / SHARE_OF_HOST
-            return f"{gib(round(needed))} GiB of free host memory, a smaller model, or a larger card"
+            needed = self.ranks.local * self.option.footprint.host_bytes / SHARE_OF_HOST
+            return f"{format_bytes(round(needed))} of free host memory, a smaller model, or a larger card"
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
             cards = ", ".join(c.name for c in sorted(large, key=lambda c: c.memory_bytes)[:3])
-            return f"a smaller model, or a card with {gib(round(least / SHARE_OF_CARD))} GiB ({cards or 'none known'})"
+            return f"a smaller model, or a card with {format_bytes(least / SHARE_OF_CARD)} ({cards or 'none known'})"
         words = [f"{key}: {value_in_words(value)}" for key, value in self.changes]
         after = self.changed.option
         speed = f"{after.seconds.tokens_per_second:,.0f} tokens/s"
-        return f"{', '.join(words)} (then {gib(after.footprint.peak_bytes)} GiB, {speed})"
+        return f"{', '.join(words)} (then {format_bytes(after.footprint.peak_bytes)}, {speed})"
 
 
 def value_in_words(value: object) -> str:

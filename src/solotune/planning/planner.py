@@ -4,8 +4,9 @@
     for each base precision, best first:       (one, unless `base_precision: auto`)
         of all (layers checkpointed, dequantized copy kept, offload) that fit: the fastest
     the first precision for which one fits is taken
-    if none fits, frozen layers are streamed from the host: as few as needed, or the fastest number
-    where they are streamed, a micro-batch may have more rows, at the same rows a step (`micro_batch`)
+    if none fits, frozen layers are streamed from the host, as few as needed or the fastest number; or, where several
+    ranks share a machine, each card holds a part of every layer (sharding): whichever is the fastest that fits
+    where layers are copied in each pass, a micro-batch may have more rows, at the same rows a step (`micro_batch`)
 
 A key that the config sets is kept; only `auto` is chosen. If nothing fits, the plan suggests the smallest change to the
 config that does, tried in the order of what it costs the user (`_changes`).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import IntEnum
 from itertools import product
 from typing import NamedTuple, get_args
 
@@ -26,14 +28,15 @@ from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
 from solotune.config.settings import MICRO_BATCH, BatchSettings, MemorySettings
 from solotune.errors import InputError
 from solotune.model.limits import offloaded_layers
+from solotune.planning.choices import choices, chosen_values, notes
 from solotune.planning.constants import CONTEXT_BYTES
 from solotune.planning.gpus import GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
 from solotune.planning.memory import footprint
 from solotune.planning.micro_batch import Workloads, larger_micro_batch
-from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan
+from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan, Ranks
 from solotune.planning.throughput import seconds
-from solotune.units import gib
+from solotune.units import format_bytes
 
 FREE_MARGIN_BYTES = 256 << 20
 MIN_LENGTH = 128
@@ -49,7 +52,6 @@ def make_plan(
     card: Card,
     work: Workload,
     free_bytes: int | None,
-    notes: list[str] | None = None,
     host_free_bytes: int | None = None,
     workloads: Workloads | None = None,
 ) -> Plan:
@@ -59,10 +61,9 @@ def make_plan(
         config: resolved for the machine; its keys on `auto` are chosen.
         shapes: gives the model's shape for a config whose `base_precision` is not auto.
         card: where it would run.
-        work: the rows and tokens of a step.
+        work: the rows and tokens of a step, and the ranks that share it.
         free_bytes: free memory of this machine's card; None for a card that is not in this machine.
-        notes: for the user, added to those of the plan.
-        host_free_bytes: free memory of the host; None: not known.
+        host_free_bytes: free memory of the host for each rank; None: not known.
         workloads: the work of a step for a config with another micro-batch; None: rows as long as those of `work`.
 
     Raises:
@@ -74,18 +75,20 @@ def make_plan(
         return _best(config, shapes, card, work, budget)
 
     option, resolved, fits = best(config, work)
-    notes, choices = list(notes or []), list[Choice]()
-    if fits and (larger := larger_micro_batch(config, option, work, best, workloads)):
+    remarks, sizes = list[str](), list[Choice]()
+    same_place = config.replaced("plan", base_sharding=True) if option.knobs.num_shards > 1 else config
+    if fits and (larger := larger_micro_batch(same_place, option, work, best, workloads)):
         if config.memory.micro_batch_is_open:
-            choices = larger.choices(option)
+            sizes = larger.choices(option)
             option, resolved, work = larger
         elif "plan" not in map(config.source_of, MICRO_BATCH):  # a resumed run keeps what the plan chose
-            notes.append(larger.note(option))
+            remarks.append(larger.note(option))
     shape = shapes(resolved)
-    notes += _notes(shape, work, option, budget)
-    choices = [*_choices(config.memory, option, card, shape, fits), *choices]
+    remarks += notes(shape, work, option, card, budget)
+    chosen = [*choices(config, option, card, shape, fits), *sizes]
     changes, changed = ([], None) if fits else _suggestion(config, shapes, card, work, budget)
-    return Plan(card, budget, option, fits, choices, notes, changes, changed, resolved, shape.coverage)
+    ranks = Ranks.of(work)
+    return Plan(card, budget, option, fits, chosen, remarks, changes, changed, resolved, shape.coverage, ranks=ranks)
 
 
 def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> Budget:
@@ -101,16 +104,16 @@ def budget_of(settings: MemorySettings, card: Card, free_bytes: int | None) -> B
     if wanted == "auto":
         if free_bytes is not None:
             room = int(0.9 * free_bytes) if card.is_cpu else free_bytes - FREE_MARGIN_BYTES
-            because = f"{gib(free_bytes)} GiB of {gib(total)} GiB are free, minus a margin"
+            because = f"{format_bytes(free_bytes)} of {format_bytes(total)} are free, minus a margin"
             return Budget(room, available - (free_bytes - room), because)
         room = int(SHARE_OF_CARD * total)
-        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {gib(total)} GiB")
+        return Budget(room, room, f"{SHARE_OF_CARD:.0%} of the card's {format_bytes(total)}")
     size = int(wanted * total) if isinstance(wanted, float) else bytes_of(str(wanted))
     if size > total:
         raise InputError(
             f"{settings.source_of('memory_budget')}, memory_budget: more than the memory of the card",
             seen=f"memory_budget: {wanted}",
-            allowed=f"at most {gib(total)} GiB, the memory of {card.name}",
+            allowed=f"at most {format_bytes(total)}, the memory of {card.name}",
             change="memory_budget: auto",
         )
     return Budget(size, available, f"memory_budget: {wanted}")
@@ -148,55 +151,86 @@ def _best(
     """The fastest option that fits, else the one that lacks the least memory; its config; whether it fits."""
     smallest: tuple[tuple[bool, int], Candidate, RunConfig] | None = None
     settings = config.memory
-    for precision, offloads in _attempts(settings, card):
+    for precision, offloads in _attempts(settings, card, work.local_ranks):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
         sized = [
             (knobs, footprint(shape, knobs, work, card))
             for offload in offloads
-            for knobs in _knobs(resolved.memory, shape, card, offload)
+            for knobs in _knobs(resolved.memory, shape, card, offload, work.local_ranks)
         ]
         if not sized:
             continue
         if fitting := [(knobs, used) for knobs, used in sized if budget.holds(used)]:
             options = [Candidate(knobs, used, seconds(shape, knobs, work, card)) for knobs, used in fitting]
-            best = min(options, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
-            return best, resolved.replaced("plan", **_chosen(settings, best.knobs, shape)), True
+            best = _fastest(options)
+            return best, resolved.replaced("plan", **chosen_values(config, best.knobs, len(shape.layers))), True
         knobs, used = min(sized, key=lambda one: budget.lack(one[1]))
         lack = budget.lack(used)
         if smallest is None or lack < smallest[0]:
-            chosen = resolved.replaced("plan", **_chosen(settings, knobs, shape))
+            chosen = resolved.replaced("plan", **chosen_values(config, knobs, len(shape.layers)))
             smallest = lack, Candidate(knobs, used, seconds(shape, knobs, work, card)), chosen
     assert smallest is not None
     return *smallest[1:], False
 
 
+def _fastest(options: list[Candidate]) -> Candidate:
+    """The fastest, with the fastest of those that copy the base from elsewhere than it does."""
+
+    def first(options: list[Candidate]) -> Candidate:
+        return min(options, key=lambda option: (option.seconds.step, option.footprint.peak_bytes))
+
+    best = first(options)
+    others = [one for one in options if one.knobs.copies_base and one.knobs.num_shards != best.knobs.num_shards]
+    return replace(best, instead=first(others)) if best.knobs.copies_base and others else best
+
+
+class _Place(IntEnum):
+    """Where the frozen layers of the base are."""
+
+    CARD = 0
+    CARDS = 1  # sharded
+    HOST = 2
+
+
 class _Offload(NamedTuple):
-    """What is in host memory."""
+    """What is not on the card."""
 
-    activations: bool
-    base: bool
+    activations: bool  # in host memory
+    base: _Place
 
 
-def _attempts(settings: MemorySettings, card: Card) -> Iterator[tuple[Precision, list[_Offload]]]:
-    """Base precisions, best first, each with what may go to the host: first as little as the config allows.
+def _attempts(settings: MemorySettings, card: Card, local_ranks: int) -> Iterator[tuple[Precision, list[_Offload]]]:
+    """Base precisions, best first, each with what may be elsewhere: first as little as the config allows.
 
-    The base goes there only in the last precision, the smallest: a copy takes time by its bytes.
+    The base is elsewhere only in the last precision, the smallest: a copy takes time by its bytes.
     """
     is_open = not card.is_cpu
     activations = {settings.activation_offload} | ({True} if settings.offload_is_open and is_open else set())
-    base = {settings.base_offload not in ("auto", False)}
-    order = precisions(settings, card)
+    base = {_Place.CARDS if settings.base_sharding is True else _Place.CARD}
+    if settings.base_offload not in ("auto", False):
+        base = {_Place.HOST}
+    order, may_move = precisions(settings, card), is_open and _may_move(settings)
     for precision in order:
-        if settings.base_offload == "auto" and is_open and precision == order[-1]:
-            base = {False, True}
+        if may_move and precision == order[-1] and base == {_Place.CARD}:
+            if settings.base_offload == "auto":
+                base = base | {_Place.HOST}
+            if settings.base_sharding == "auto" and local_ranks > 1 and card.has_peer_access:
+                base = base | {_Place.CARDS}
         least, *others = sorted(_Offload(*both) for both in product(activations, base))
         yield precision, [least]
         if others:
             yield precision, others
 
 
-def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: _Offload) -> Iterator[MemoryStrategy]:
+def _may_move(settings: MemorySettings) -> bool:
+    """Whether the base may be elsewhere; an unpacked copy of it is kept on the card."""
+    return settings.base_residency != "dequantized"
+
+
+def _knobs(
+    settings: MemorySettings, shape: ModelShape, card: Card, offload: _Offload, local_ranks: int
+) -> Iterator[MemoryStrategy]:
     depth = len(shape.layers)
     wanted = settings.gradient_checkpointing
     counts = (
@@ -205,91 +239,21 @@ def _knobs(settings: MemorySettings, shape: ModelShape, card: Card, offload: _Of
     mirrors = {"auto": [False, True], "quantized": [False], "dequantized": [True]}[settings.base_residency]
     precision = "fp8" if settings.multiplies_in_fp8 else settings.base_precision  # the storage, see `model.load_model`
     assert precision != "auto" and precision in get_args(Precision)
-    wanted_streams = settings.base_offload if offload.base else False
+    wanted_streams = settings.base_offload if offload.base == _Place.HOST else False
+    shards = local_ranks if offload.base == _Place.CARDS else 1
     if wanted_streams == "auto":
         streams = sorted({-(-depth * part // STREAMED_PARTS) for part in range(1, STREAMED_PARTS + 1)})
     else:
         streams = [len(offloaded_layers(wanted_streams, depth))]
-    mirrors = mirrors if precision == "nf4" and not offload.base else [False]
+    mirrors = mirrors if precision == "nf4" and offload.base == _Place.CARD else [False]
     for streamed, count, mirrored in product(streams, counts, mirrors):
         if offload.activations and not count:
             continue
         device = "cpu" if card.is_cpu else "cuda"
         optim = "adamw_torch" if card.is_cpu else settings.optim
         yield MemoryStrategy(
-            precision, settings.double_quant, mirrored, count, offload.activations, optim, device, streamed
+            precision, settings.double_quant, mirrored, count, offload.activations, optim, device, streamed, shards
         )
-
-
-def _chosen(settings: MemorySettings, knobs: MemoryStrategy, shape: ModelShape) -> dict[str, object]:
-    """The config keys that the plan sets."""
-    values: dict[str, object] = {}
-    if settings.gradient_checkpointing == "auto":
-        values["gradient_checkpointing"] = _number_of_layers(knobs.num_checkpointed, len(shape.layers))
-    if settings.base_residency == "auto" and knobs.base_precision == "nf4":
-        values["base_residency"] = "dequantized" if knobs.has_dequantized_copy else "quantized"
-    if settings.base_offload == "auto":
-        values["base_offload"] = _number_of_layers(knobs.num_streamed, len(shape.layers))
-    if settings.offload_is_open:
-        values["activation_offload"] = knobs.is_offloaded
-    return values
-
-
-def _number_of_layers(count: int, depth: int) -> bool | int:
-    return bool(count) if count in (0, depth) else count
-
-
-def _choices(settings: MemorySettings, option: Candidate, card: Card, shape: ModelShape, fits: bool) -> list[Choice]:
-    """What was chosen, and why."""
-    knobs, depth = option.knobs, len(shape.layers)
-    choices = []
-    if settings.base_precision == "auto":
-        why = {
-            "fp8": f"it fits, {card.name} supports fp8 products, and the quality is better than with 4 bits",
-            "bf16": f"16 bits fit and are better than 4 bits; {card.name} has no fp8",
-            "fp32": "it fits, and there is no bfloat16 on this device",
-            "nf4": "only 4 bits fit" if fits else "it needs the least memory",
-        }[knobs.base_precision]
-        choices.append(Choice("base_precision", knobs.base_precision, why))
-    if settings.gradient_checkpointing == "auto":
-        n = knobs.num_checkpointed
-        why = "the activations of all layers fit"
-        if n:
-            why = f"the activations of {depth - n} of {depth} layers fit" if fits else "it needs the least memory"
-        choices.append(Choice("gradient_checkpointing", _number_of_layers(n, depth), why))
-    if settings.base_residency == "auto" and knobs.base_precision == "nf4":
-        dequantized_copy = f"{gib(shape.num_frozen * shape.dtype_bytes)} GiB"
-        why = f"unpacked weights would need {dequantized_copy}, which does not fit or is better used elsewhere"
-        if knobs.has_dequantized_copy:
-            why = f"unpacked weights need {dequantized_copy}, which fits and saves unpacking them in each pass"
-        elif knobs.num_streamed:
-            why = "layers that stream are unpacked when they are used"
-        choices.append(Choice("base_residency", "dequantized" if knobs.has_dequantized_copy else "quantized", why))
-    if knobs.num_streamed and settings.base_offload == "auto":
-        host = gib(option.footprint.host.layers)
-        why = f"the base does not fit; {knobs.num_streamed} of {depth} layers stream from {host} GiB of pinned memory"
-        choices.append(Choice("base_offload", _number_of_layers(knobs.num_streamed, depth), why))
-    if knobs.is_offloaded and settings.offload_is_open:
-        host = f"{gib(option.footprint.host.activations)} GiB"
-        why = "less on the card" if knobs.num_streamed else "nothing else fits"
-        choices.append(Choice("activation_offload", True, f"{why}; it needs {host} of pinned host memory"))
-    return choices
-
-
-def _notes(shape: ModelShape, work: Workload, option: Candidate, budget: Budget) -> list[str]:
-    notes = []
-    if option.footprint.host_bytes and budget.host_bytes is None:
-        words = f"it pins {option.footprint.host.in_words()} of host memory"
-        notes.append(f"{words}; not compared with a host's memory (solotune plan --host-memory 64GiB does)")
-    if any(layer.how == "estimated" for layer in shape.layers):
-        notes.append(f"the memory of {shape.family} layers cannot be computed without data; it is estimated")
-    if not work.is_measured:
-        notes.append(
-            f"the data is not known; {work.rows} rows of {work.tokens:,} tokens are assumed in each micro-batch"
-        )
-    if work.steps is None:
-        notes.append("the number of steps and the total time are not known")
-    return notes
 
 
 def _suggestion(
@@ -310,7 +274,7 @@ def _suggestion(
             return None
         return Plan(card, budget, option, True, [], [], [], None, resolved)
 
-    singles = list(_changes(config.memory, work))
+    singles = list(_changes(config.memory, work, card))
     for values in singles:
         if plan := plan_with(values):
             return list(values.items()), plan
@@ -327,7 +291,7 @@ def _suggestion(
     return [], None
 
 
-def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, object]]:
+def _changes(settings: MemorySettings, work: Workload, card: Card) -> Iterator[dict[str, object]]:
     """Single changes, cheapest for the user first: speed, then precision, then the length of rows."""
     if settings.gradient_checkpointing not in (True, "auto"):
         yield {"gradient_checkpointing": "auto"}
@@ -341,7 +305,10 @@ def _changes(settings: MemorySettings, work: Workload) -> Iterator[dict[str, obj
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": work.accumulation * factor,
         }
-    if settings.base_offload not in (True, "auto") and settings.base_residency != "dequantized":
+    may_move = _may_move(settings)
+    if settings.base_sharding is False and work.local_ranks > 1 and card.has_peer_access and may_move:
+        yield {"base_sharding": "auto"}
+    if settings.base_offload not in (True, "auto") and settings.base_sharding is not True and may_move:
         yield {"base_offload": "auto"}
     if settings.base_precision not in ("nf4", "auto"):
         yield {"base_precision": "nf4"}
@@ -369,4 +336,6 @@ def full_rows(batches: BatchSettings, max_positions: int | None = None) -> Workl
         accumulation=batches.accumulation,
         steps=batches.max_steps if batches.max_steps > 0 else None,
         has_one_shape=batches.takes_graphs,
+        ranks=batches.ranks,
+        local_ranks=batches.ranks,
     )

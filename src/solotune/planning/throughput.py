@@ -1,9 +1,11 @@
 """Seconds of a training step, of the first one, and of the whole run.
 
-    step = sum over micro-batches of (forward + backward + recomputed forward + head) + optimizer
+    step = sum over micro-batches of (forward + backward + recomputed forward + head) + optimizer + communication
 
-Where layers are streamed or their inputs offloaded, forward and backward are followed layer by layer (`streaming`): a
-layer starts when the one before it is done and what it needs has arrived.
+Where layers are streamed, sharded, or their inputs offloaded, forward and backward are followed layer by layer
+(`streaming`): a layer starts when the one before it is done and what it needs has arrived.
+
+Communication of N ranks is one all-reduce of the flat gradient: in a ring each card sends 2 (N - 1) / N of its bytes.
 
 The time of a matrix product is its operations divided by (the card's rate times the share that products of this size
 reach), or the time to read and write its operands, whichever is longer. Everything else is limited by memory bandwidth:
@@ -18,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from solotune.model.limits import RING_SLOTS, offloaded_layers
+from solotune.model.limits import RING_SLOTS
 from solotune.planning import constants as known
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import LayerCost, Matmul, MemoryStrategy, ModelShape, Pass, Workload
-from solotune.planning.memory import stored_bytes
+from solotune.planning.memory import joined_weights, passing_layers, stored_bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Seconds:
     first_step: float
     step: float
     total: float | None
-    tokens_per_second: float
+    tokens_per_second: float  # of all ranks
+    communication: float = 0.0  # part of `step`
 
     def to_json(self) -> dict[str, float | None]:
         return {"load": self.load, "first_step": self.first_step, "step": self.step, "total": self.total}
@@ -45,13 +48,22 @@ def seconds(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card
     tokens = max(1.0, work.mean_tokens)
     supervised = work.real_share * work.supervised_share
     micro_batch = _micro_batch(shape, knobs, work.rows, tokens, supervised, work.has_one_shape, pace)
-    step = work.accumulation * micro_batch + pace.optimizer(shape)
+    communication = all_reduce(4 * joined_weights(shape), work.ranks, pace.all_reduce_bytes)
+    step = work.accumulation * micro_batch + pace.optimizer(shape) + communication
     load = pace.load(shape, knobs)
     first = step + pace.compile(shape, knobs)
     total = None
     if work.steps is not None:
         total = load + first + step * max(0, work.steps - 1) + _evaluations(shape, knobs, work, pace)
-    return Seconds(load, first, step, total, work.tokens_per_step / step)
+    return Seconds(load, first, step, total, work.tokens_per_step / step, communication)
+
+
+def all_reduce(size: int, ranks: int, bytes_per_second: float) -> float:
+    """Seconds until each of so many ranks has the sum of all ranks' vectors of `size` bytes, in a ring."""
+    if ranks == 1:
+        return 0.0
+    sends = 2 * (ranks - 1)  # each of 1/N of the bytes
+    return known.ALL_REDUCE_SECONDS + sends * (known.HOP_SECONDS + size / ranks / bytes_per_second)
 
 
 def _micro_batch(
@@ -103,21 +115,31 @@ def _passes(
     pace: _Pace,
 ) -> float:
     """Seconds of all layers' forward and backward with the copies beside them."""
-    streamed = offloaded_layers(knobs.num_streamed, len(shape.layers))
+    is_sharded = knobs.num_shards > 1
     weights = [0.0] * len(shape.layers)
-    for number in streamed:
-        weights[number] = sum(stored_bytes(shape, number, knobs)) / pace.link
+    for number in passing_layers(shape, knobs):
+        size = sum(stored_bytes(shape, number, knobs))
+        weights[number] = pace.gathering(size, knobs.num_shards) if is_sharded else size / pace.link
+    if is_sharded:
+        forwards, backwards = (_beside_peer_copies(one, weights) for one in (forwards, backwards))
     inputs = [0.0] * len(shape.layers)
     if knobs.is_offloaded:  # all but the last one's
         for number in range(knobs.num_checkpointed - 1):
             inputs[number] = shape.layers[number].output.per_token * positions / pace.link
-    share = known.DUPLEX_SHARE if any(weights) and any(inputs) else 1.0
-    total = streaming(forwards, [copy / share for copy in weights], leaving=[copy / share for copy in inputs])
-    total += streaming(backwards[::-1], weights[::-1], arriving=inputs[::-1])
-    if streamed:  # looked up in host memory before the first layer
+    share = known.DUPLEX_SHARE if any(weights) and any(inputs) and not is_sharded else 1.0
+    leaving = [copy / share for copy in inputs]
+    total = streaming(forwards, [copy / share for copy in weights], leaving=leaving, one_link=not is_sharded)
+    total += streaming(backwards[::-1], weights[::-1], arriving=inputs[::-1], one_link=not is_sharded)
+    if knobs.copies_base:  # looked up in host memory before the first layer
         rows_read = shape.hidden_size * positions if shape.embedding_parameters else 0.0
         total += shape.dtype_bytes * rows_read / pace.link
     return total
+
+
+def _beside_peer_copies(compute: list[float], copies: list[float]) -> list[float]:
+    """Seconds of the layers that compute while another one's weights are copied from other cards."""
+    slower = 1 / known.SHARE_BESIDE_PEER_COPIES - 1
+    return [own + slower * min(own, copy) for own, copy in zip(compute, copies, strict=True)]
 
 
 def streaming(
@@ -126,10 +148,11 @@ def streaming(
     leaving: Sequence[float] = (),
     arriving: Sequence[float] = (),
     slots: int = RING_SLOTS,
+    one_link: bool = True,
 ) -> float:
     """Seconds of layers that run one after the other beside their copies (`layer_ring`, `host_activations`).
 
-    Copies of one direction come one after the other:
+    Copies of one direction of a link come one after the other:
     - of weights: begins when the layer that had the slot has run; the first `slots` streamed layers are there.
     - of an input to the host: begins with its layer, and must end before the next one.
     - of an input from the host: begins with the layer before; the first one's when it is needed.
@@ -139,27 +162,29 @@ def streaming(
         weights: seconds of the copy of its frozen weights; 0: they are on the card.
         leaving: seconds of the copy of its input to the host.
         arriving: seconds of the copy of its input from the host.
+        one_link: weights arrive over the same link as inputs; False: from other cards.
     """
     streamed = [number for number, copy in enumerate(weights) if copy]
     follower = dict(zip(streamed, streamed[slots:], strict=False))
     ready = [0.0] * len(compute)  # when what a layer waits for has arrived
-    now = to_card = to_host = 0.0  # when compute and the two directions of the link are free
+    now = to_host = 0.0  # when compute, and the link to the host are free
+    to_card, of_weights = [0.0, 0.0], 0 if one_link else 1  # when the links from the host and from other cards are free
     for number, its_seconds in enumerate(compute):
         asked = [number + 1] if number < len(arriving) and arriving[number] else []
         if asked and not (number and arriving[number - 1]):
             asked.insert(0, number)
         for wanted in asked:
             if wanted < len(compute) and arriving[wanted]:
-                to_card = max(to_card, now) + arriving[wanted]
-                ready[wanted] = max(ready[wanted], to_card)
+                to_card[0] = max(to_card[0], now) + arriving[wanted]
+                ready[wanted] = max(ready[wanted], to_card[0])
         now = max(now, ready[number])
         if number < len(leaving) and leaving[number]:
             now = max(now, to_host)
             to_host = now + leaving[number]
         now += its_seconds
         if number in follower:
-            to_card = max(to_card, now) + weights[follower[number]]
-            ready[follower[number]] = to_card
+            to_card[of_weights] = max(to_card[of_weights], now) + weights[follower[number]]
+            ready[follower[number]] = max(ready[follower[number]], to_card[of_weights])
     return now
 
 
@@ -197,7 +222,8 @@ def _evaluations(shape: ModelShape, knobs: MemoryStrategy, work: Workload, pace:
     forward += pace.expansion(shape, knobs)
     positions = work.eval_batch[0] * tokens * work.supervised_share
     forward += pace.product(2 * positions * shape.hidden_size * shape.vocab_size, 0.0, False)
-    return batches * forward * (work.num_evals + 1) + work.generated_tokens * pace.generated(shape)
+    passes = work.num_evals / work.ranks + 1  # the base's at the end is computed by one rank alone
+    return batches * forward * passes + work.generated_tokens * pace.generated(shape)
 
 
 class _GpuPace:
@@ -210,7 +236,11 @@ class _GpuPace:
         self.frozen_share = known.GEMM_SHARE
         if knobs.base_precision == "fp8" and card.fp8_tflops:
             self.frozen_flops, self.frozen_share = card.fp8_tflops * 1e12, known.FP8_GEMM_SHARE
-        self.bandwidth, self.link = card.bandwidth_bytes, card.link_bytes
+        self.bandwidth, self.link, self.all_reduce_bytes = card.bandwidth_bytes, card.link_bytes, card.all_reduce_bytes
+
+    def gathering(self, size: float, shards: int) -> float:
+        """Seconds of copying a sharded layer to the ring: the others' parts over the link, the own part on the card."""
+        return size * (1 - 1 / shards) / self.card.peer_bytes + self.reading(2 * size / shards)
 
     def product(self, flops: float, size: float, frozen: bool) -> float:
         rate, share = (self.frozen_flops, self.frozen_share) if frozen else (self.flops, known.GEMM_SHARE)
@@ -264,6 +294,10 @@ class _CpuPace:
     def __init__(self, card: Card) -> None:
         self.flops = card.bf16_tflops * 1e12 * known.CPU_GEMM_SHARE
         self.bandwidth = self.link = card.bandwidth_bytes
+        self.all_reduce_bytes = known.GLOO_BYTES_PER_SECOND
+
+    def gathering(self, size: float, shards: int) -> float:
+        return self.reading(2 * size)
 
     def product(self, flops: float, size: float, frozen: bool) -> float:
         return flops / self.flops

@@ -9,9 +9,7 @@ A rename is on disk only after its folder was synced, and a file's bytes only af
 can be lost in a power cut, in any order. So every function syncs what a reader relies on before it returns.
 
 All use `fs_ops.py`, where operations can be counted, failed and recorded. safetensors' own writer would bypass it (and
-creates files of mode 0600), so tensors are converted to bytes first.
-
-Modes follow the umask. New files are created with O_EXCL, never through a symbolic link.
+creates mode 0600), so tensors become bytes first. Modes follow the umask; new files: O_EXCL, through no symbolic link.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from typing import Any
 
 from solotune.errors import StorageError
 from solotune.run import fs_ops
-from solotune.run.manifest import MANIFEST, Entry, check_folder, entry_at, manifest_text
+from solotune.run.manifest import MANIFEST, Entry, FolderCheck, entry_at, manifest_text
 
 PARTIAL, REMOVED = ".partial", ".removed"  # endings of what is not complete yet, or being removed: `.<name>.partial`
 PREFLIGHT = ".preflight-"
@@ -90,8 +88,8 @@ def write_whole(path: Path, content: Content) -> None:
 class Folder:
     """A folder that is being filled; `whole_folder` makes it appear."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, check: FolderCheck | None = None) -> None:
+        self.path, self._check = path, check
         self.entries: dict[str, Entry] = {}
 
     def write(self, name: str, content: Content) -> None:
@@ -119,7 +117,7 @@ class Folder:
             _write_new(path, hashed(beside))
         if path.parent != self.path:
             fs_ops.sync_folder(path.parent)
-        self.entries[name] = Entry(count, digest.hexdigest())
+        self._add(name, Entry(count, digest.hexdigest()))
 
     def adopt(self, name: str) -> None:
         """Take in a file that another program has written into the folder: sync it, and keep its hash.
@@ -129,12 +127,13 @@ class Folder:
         """
         path = self.path / name
         with storage_errors(path):
-            handle = fs_ops.open_file(path, os.O_RDWR)
-            try:
-                fs_ops.fsync(handle, path)
-            finally:
-                os.close(handle)
-            self.entries[name] = entry_at(path)
+            fs_ops.sync_file(path)
+            self._add(name, entry_at(path))
+
+    def _add(self, name: str, entry: Entry) -> None:
+        self.entries[name] = entry
+        if self._check:
+            self._check.begin(name, entry)
 
 
 @contextlib.contextmanager
@@ -152,12 +151,13 @@ def whole_folder(target: Path) -> Iterator[Folder]:
             make_folder(target.parent)
             _remove_tree(partial)
             fs_ops.mkdir(partial)
-            folder = Folder(partial)
-            yield folder
-            _write_new(partial / MANIFEST, _pieces(manifest_text(folder.entries)))
-            fs_ops.sync_folder(partial)
-            for file, problem in check_folder(partial):
-                raise OSError(errno.EIO, f"read back, {file}: {problem}")
+            with FolderCheck(partial) as check:
+                folder = Folder(partial, check)
+                yield folder
+                _write_new(partial / MANIFEST, _pieces(manifest_text(folder.entries)))
+                fs_ops.sync_folder(partial)
+                for file, problem in check.problems():
+                    raise OSError(errno.EIO, f"read back, {file}: {problem}")
             if target.exists():
                 _set_aside(target)
             fs_ops.rename(partial, target)
@@ -222,15 +222,16 @@ def sweep(folder: Path) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line atomically: on an error, truncate back.
 
-    It is not synced here: `RunDirectory.metrics_offset` syncs the file before a checkpoint records its length.
+    It is not synced (`RunDirectory.metrics_offset` does so before a checkpoint records the length), but the file is
+    closed: only then a network file system shows the line elsewhere, or says that it is full.
 
     Raises:
         StorageError: disk full, read-only, quota.
     """
-    with storage_errors(path):
+    try:  # every step comes here, so `storage_errors` is entered only for an error
         handle = fs_ops.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
-            size = os.fstat(handle).st_size
+            size = os.lseek(handle, 0, os.SEEK_END)
             try:
                 fs_ops.write(handle, path, line.encode())
             except BaseException:
@@ -239,16 +240,15 @@ def append_line(path: Path, line: str) -> None:
                 raise
         finally:
             os.close(handle)
+    except OSError:
+        with storage_errors(path):
+            raise
 
 
 def sync(path: Path) -> None:
     """Make a file that was appended to durable, and its name."""
     with storage_errors(path):
-        handle = fs_ops.open_file(path, os.O_RDWR | os.O_CREAT)
-        try:
-            fs_ops.fsync(handle, path)
-        finally:
-            os.close(handle)
+        fs_ops.sync_file(path, os.O_CREAT)
         fs_ops.sync_folder(path.parent)
 
 

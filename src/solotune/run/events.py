@@ -174,11 +174,14 @@ NAMES: dict[type[Event], str] = {
 }
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def to_line(event: Event) -> str:
     """The line of an event, with its line break at the end."""
-    values = {field.name: getattr(event, field.name) for field in fields(event)
-              if getattr(event, field.name) is not field.default}  # fmt: skip
-    return json.dumps({"event": NAMES[type(event)], **values}, ensure_ascii=False) + "\n"
+    defaults = vars(type(event))  # of a field that has none, nothing
+    values = {name: value for name, value in vars(event).items() if name not in defaults or value is not defaults[name]}
+    return _ENCODER.encode({"event": NAMES[type(event)], **values}) + "\n"
 
 
 def from_line(line: bytes) -> Event | None:

@@ -54,6 +54,15 @@ def fsync(handle: int, path: Path) -> None:
     os.fsync(handle)
 
 
+def sync_file(path: Path, flags: int = 0) -> None:
+    """Make a file durable that another wrote, not its name."""
+    handle = open_file(path, os.O_RDWR | flags)
+    try:
+        fsync(handle, path)
+    finally:
+        os.close(handle)
+
+
 def flush(handle: int) -> None:
     """Send a file's bytes to the disk while it is still written. No hook hears of it: nothing relies on it."""
     os.fsync(handle)

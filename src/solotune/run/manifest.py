@@ -15,7 +15,7 @@ import json
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -122,16 +122,42 @@ def differences(folder: Path, entries: Mapping[str, Entry], growing: tuple[str, 
             yield Problem(name, f"cannot be read: {error.strerror}")
 
 
+class FolderCheck:
+    """Compares a folder with its manifest. Each file can be read as soon as it is there, while others are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(HASHED_AT_ONCE)  # hashing is slower than reading what was just written
+        self._begun: dict[tuple[str, Entry], Future[list[Problem]]] = {}
+
+    def __enter__(self) -> FolderCheck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, name: str, entry: Entry) -> Future[list[Problem]]:
+        """Read a file in a thread, if that was not begun before, and compare it with its entry."""
+        if (name, entry) not in self._begun:
+            compared = self._pool.submit(lambda: list(differences(self.folder, {name: entry})))
+            self._begun[name, entry] = compared
+        return self._begun[name, entry]
+
+    def problems(self) -> list[Problem]:
+        """All that differs from the manifest, once every file was read."""
+        try:
+            entries = read_manifest(self.folder / MANIFEST)
+        except ValueError as error:
+            return [Problem(MANIFEST, f"the manifest cannot be used: {error}")]
+        each = [self.begin(name, entry) for name, entry in entries.items()]
+        found = [problem for problems in each for problem in problems.result()]
+        return found + [Problem(name, NOT_LISTED) for name in unknown(self.folder, entries)]
+
+
 def check_folder(folder: Path) -> list[Problem]:
     """Compare a folder with its manifest; no problems if all is as it was written."""
-    try:
-        entries = read_manifest(folder / MANIFEST)
-    except ValueError as error:
-        return [Problem(MANIFEST, f"the manifest cannot be used: {error}")]
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:  # hashing is slower than reading what was just written
-        each = pool.map(lambda name: list(differences(folder, {name: entries[name]})), entries)
-        found = [problem for problems in each for problem in problems]
-    return found + [Problem(name, NOT_LISTED) for name in unknown(folder, entries)]
+    with FolderCheck(folder) as check:
+        return check.problems()
 
 
 def unknown(folder: Path, names: Iterable[str]) -> list[str]:

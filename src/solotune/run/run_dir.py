@@ -81,6 +81,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._metrics = path / METRICS
         self._lock: int | None = None
 
     @classmethod
@@ -198,12 +199,12 @@ class RunDirectory:
         Raises:
             StorageError: disk full, read-only, quota.
         """
-        atomic_io.append_line(self.path / METRICS, to_line(event))
+        atomic_io.append_line(self._metrics, to_line(event))
 
     def metrics_offset(self) -> dict[str, Any]:
         """Make metrics.jsonl durable; its length and sha256, which the checkpoint records."""
-        atomic_io.sync(self.path / METRICS)
-        return entry_at(self.path / METRICS)._asdict()
+        atomic_io.sync(self._metrics)
+        return entry_at(self._metrics)._asdict()
 
     def metrics_mismatch(self, mark: Any) -> str | None:
         """Why metrics.jsonl cannot be cut back to the recorded length; None if it can.
@@ -211,7 +212,7 @@ class RunDirectory:
         Args:
             mark: what `metrics_offset` returned, as a checkpoint recorded it.
         """
-        path = self.path / METRICS
+        path = self._metrics
         if not isinstance(mark, dict) or type(mark.get("bytes")) is not int or mark["bytes"] < 0:
             return f"the checkpoint does not record the length of {METRICS}"
         there = path.stat().st_size if path.is_file() else 0
@@ -224,7 +225,7 @@ class RunDirectory:
     def truncate_metrics(self, mark: Mapping[str, Any] | None) -> None:
         """Remove the manifest and cut metrics.jsonl back to the recorded length (None: to nothing)."""
         atomic_io.remove(self.path / MANIFEST)
-        atomic_io.cut_back(self.path / METRICS, mark["bytes"] if mark else 0)
+        atomic_io.cut_back(self._metrics, mark["bytes"] if mark else 0)
 
     def write_manifest(self) -> None:
         """Write manifest.json with the size and sha256 of every file, for `solotune verify`."""

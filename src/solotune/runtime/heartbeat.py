@@ -7,6 +7,7 @@ states of all others there:
     {"beats": 72, "left": {"how": "finished"}}             it has done its part
     {"beats": 72, "left": {"how": "stopped", "signal": 15}}
     {"beats": 72, "left": {"how": "failed", "exit_code": 2, "problem": ...}}
+    {"beats": 73, "left": {...}, "has_read": true}         it knows why rank 0 leaves
 
 What a rank that says nothing is
 --------------------------------
@@ -16,6 +17,9 @@ Python's global lock: ending such a run would be worse than waiting, and its own
 another machine is lost after `SILENT_SECONDS`: that machine or the network between has failed.
 
 Time is counted in ticks of this thread, so a job that is stopped as a whole (Ctrl-Z, a paused container) goes on later.
+
+The store may be in a rank that is stopped, and then answers nobody. So a thread of its own asks it; those who want to
+know wait for it for a limited time, and look at the process table all the same.
 
 A rank that is lost becomes a stop request (`RankLost`) at the next stopping point of this process. The loop treats it
 as SIGTERM: the steps that are done are saved.
@@ -41,7 +45,9 @@ from solotune.runtime.signals import StopRequested
 TICK_SECONDS = 0.5
 STOPPED_SECONDS = 20.0  # torchrun needs 30 more until it kills a worker that is stopped
 SILENT_SECONDS = 45.0
+SHORT_SECONDS = 3.0  # of silence after a transfer failed
 BLOCKED_SECONDS = 10.0  # for a main thread that waits for a lost rank in native code
+ANSWER_SECONDS = 2.0  # of the store, for a main thread that leaves, or looks for the reason of an error
 KILLED, HUNG = 137, 9  # exit codes: see `errors`
 
 Departure = dict[str, Any]
@@ -93,6 +99,7 @@ class Peer:
     beats: int = -1
     silent: float = 0.0  # seconds without a new beat
     left: Departure | None = field(default=None)
+    has_read: bool = False  # why rank 0 leaves, which may keep the store
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
@@ -118,36 +125,91 @@ class Heartbeat:
         self._store, self._rank, self._peers = store, rank, peers
         self._space = process_space()
         self._lock = threading.Lock()
-        self._beats, self._left = 0, dict[str, Any]()
+        self._beats, self._left, self._has_read = 0, dict[str, Any](), False
         self._ends = threading.Event()
         self.may_end_process = False  # the main thread is in a native call that no signal interrupts
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._asker = threading.Thread(target=self._ask_again, name="heartbeat store", daemon=True)
+        self._asked = threading.Condition()
+        self._rounds = [0, 0]  # of asking the store: begun and done
+        self._is_wanted = False
+        self._error: RuntimeError | None = None  # of the store: it answers no more
+        self._texts: list[str] = []  # the others' states, as last read
+        self._unanswered = 0.0  # seconds for which the store has been asked
         self._write()
 
     def start(self) -> None:
-        """Begin; every rank has written its first state."""
+        """Begin; some ranks may still have to write their first state."""
+        self._asker.start()
         self._thread.start()
 
     def leave(self, departure: Departure) -> None:
         """Tell the others why this rank leaves."""
+        self._left = departure
         with contextlib.suppress(RuntimeError):
-            with self._lock:
-                self._left = departure
-            self._write()
+            self._ask_store(ANSWER_SECONDS)
+
+    def wait_for_departures(self, seconds: float) -> None:
+        """Wait until this rank has read why rank 0 leaves; on rank 0, until all others have."""
+        until = time.monotonic() + seconds
+        while not self.others_have_left(None if self._rank == 0 else {0}) and time.monotonic() < until:
+            time.sleep(0.05)
+        if self._rank:
+            self._has_read = True
+            with contextlib.suppress(RuntimeError):
+                self._ask_store(ANSWER_SECONDS)
 
     def stop(self) -> None:
         self._ends.set()
+        with self._asked:
+            self._asked.notify_all()
 
     def look(self) -> StopRequested | None:
         """Read the others' states now; why this rank has to stop, None if it may go on."""
-        return self._look(0.0)
+        return self._look(0.0, ANSWER_SECONDS)
+
+    def look_for(self, seconds: float) -> StopRequested | None:
+        """The same, looking until there is a reason, or for so long."""
+        stop, until = None, time.monotonic() + seconds
+        while stop is None and time.monotonic() < until:
+            time.sleep(0.05)
+            stop = self.look()
+        return stop
+
+    def transfer_failed(self, seen: str) -> Lost:
+        """Why a transfer has failed, if no rank has said or shown that it is gone: one on another machine is silent."""
+        silent = max(self._peers, key=lambda peer: peer.silent)
+        if self._state_of(silent) != "unknown" or silent.silent < SHORT_SECONDS:
+            problem = "a transfer between the ranks failed"
+            return Lost(problem, KILLED, seen=seen, change="check the network between them")
+        problem = f"{silent} has not answered since a transfer failed: it, its machine or the network has"
+        return Lost(problem, KILLED, silent.rank, seen=seen, change=f"look at what rank {silent.rank} prints")
 
     def others_have_left(self, ranks: set[int] | None = None) -> bool:
         """Whether the other ranks, or some of them, have said that they leave, or will never say so."""
-        with contextlib.suppress(RuntimeError):
-            self._read(0.0)
+        never = ("gone", "stopped")
+        try:
+            self._read(0.0, ANSWER_SECONDS)
+        except RuntimeError:
+            never = ("gone", "stopped", "unknown")  # from another machine, nothing can be heard any more
         watched = [peer for peer in self._peers if ranks is None or peer.rank in ranks]
-        return all(peer.left is not None or self._state_of(peer) in ("gone", "stopped") for peer in watched)
+        return all(self._is_through(peer) or self._state_of(peer) in never for peer in watched)
+
+    def _is_through(self, peer: Peer) -> bool:
+        if self._rank == 0:
+            return peer.has_read or peer.left == {"how": "finished"}
+        return peer.left is not None
+
+    def is_said(self, departure: Departure) -> bool:
+        """Whether another rank tells the user why this one ends: rank 0, or the first of this machine without it."""
+        if self._rank == 0:
+            return False
+        follows = departure["how"] == "followed"
+        first = next(peer for peer in self._peers if peer.rank == 0).left or {"how": "nothing"}
+        if first["how"] in ("followed", "failed", "stopped"):
+            return follows or first["how"] == "followed" or first.get("problem") == departure.get("problem")
+        before = [peer for peer in self._peers if peer.rank < self._rank and peer.space == self._space]
+        return follows and any(peer.left or self._state_of(peer) == "running" for peer in before)
 
     def _run(self) -> None:
         # signals must reach the main thread and interrupt its waiting
@@ -156,8 +218,6 @@ class Heartbeat:
         while not self._ends.wait(TICK_SECONDS):
             now = time.monotonic()
             passed, last = min(now - last, 2 * TICK_SECONDS), now
-            with contextlib.suppress(RuntimeError):  # `_look` finds out that the store is gone
-                self._write()
             if (stop := self._look(passed)) is not None:
                 signals.request_stop(stop)
                 asked_for += passed
@@ -169,36 +229,88 @@ class Heartbeat:
         code = 128 + stop.number
         if isinstance(stop, RankLost):
             code = stop.lost.exit_code
-            if self._rank == 0:
+            if not self.is_said({"how": "followed"}):
                 with contextlib.suppress(OSError):
                     os.write(2, f"error: {stop.lost.problem}\n".encode())
         os._exit(code)
 
     def _write(self) -> None:
-        with self._lock:
-            self._beats += 1
-            state: dict[str, Any] = {"beats": self._beats}
-            if self._left:
-                state["left"] = self._left
-            self._store.set(_key(self._rank), json.dumps(state))
+        self._beats += 1
+        state: dict[str, Any] = {"beats": self._beats}
+        if self._left:
+            state["left"] = self._left
+        if self._has_read:
+            state["has_read"] = True
+        self._store.set(_key(self._rank), json.dumps(state))
 
-    def _read(self, passed: float) -> None:
+    def _ask(self) -> None:
+        """Write this rank's state, read those of the others."""
+        self._write()
+        self._texts = self._store.multi_get([_key(peer.rank) for peer in self._peers])
+
+    def _ask_again(self) -> None:
+        """The thread that asks the store each time it is wanted, until it fails."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            with self._asked:
+                self._asked.wait_for(lambda: self._is_wanted or self._ends.is_set())
+                if not self._is_wanted:
+                    return
+                self._is_wanted = False
+                self._rounds[0] += 1
+            try:
+                self._ask()
+            except RuntimeError as error:
+                self._error = error
+            with self._asked:
+                self._rounds[1] = self._rounds[0]
+                self._asked.notify_all()
+            if self._error is not None:
+                return
+
+    def _ask_store(self, seconds: float) -> bool:
+        """Exchange the states now; False if the store does not answer in this time.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        if not self._asker.is_alive() and self._error is None:
+            self._ask()  # before `start`
+            return True
+        with self._asked:
+            number, self._is_wanted = self._rounds[0] + 1, True
+            self._asked.notify_all()
+            is_done = self._asked.wait_for(lambda: self._rounds[1] >= number or self._error is not None, seconds)
+        if self._error is not None:
+            raise self._error
+        return is_done
+
+    def _read(self, passed: float, seconds: float) -> None:
+        """Ask the store, and take note of what each rank says or does not say.
+
+        Args:
+            passed: since the last time.
+            seconds: how long to wait for the answer.
+        """
+        has_answered = self._ask_store(seconds)
         with self._lock:
-            texts = self._store.multi_get([_key(peer.rank) for peer in self._peers])
-            for peer, text in zip(self._peers, texts, strict=True):
-                state = json.loads(text)
-                peer.left = state.get("left")
+            self._unanswered = 0.0 if has_answered else self._unanswered + passed
+            states = [json.loads(text) for text in self._texts] or [{"beats": peer.beats} for peer in self._peers]
+            for peer, state in zip(self._peers, states, strict=True):
+                peer.left, peer.has_read = state.get("left"), "has_read" in state
                 peer.silent = 0.0 if state["beats"] != peer.beats else peer.silent + passed
                 peer.beats = state["beats"]
 
-    def _look(self, passed: float) -> StopRequested | None:
+    def _look(self, passed: float, seconds: float = TICK_SECONDS) -> StopRequested | None:
         try:
-            self._read(passed)
+            self._read(passed, seconds)
         except RuntimeError as error:
             if all(peer.left == {"how": "finished"} for peer in self._peers):
                 return None  # this rank needs no other any more
-            return RankLost(self._without_store(error))
+            return RankLost(self._without_store(str(error)))
         found = [one for peer in self._peers if (one := self._stop_for(peer)) is not None]
+        if not found and self._unanswered > SILENT_SECONDS:
+            return RankLost(self._without_store(f"no answer for {self._unanswered:.0f} s"))
         # an error that a rank could tell is the reason; that others are gone follows from it
         return min(found, key=lambda one: one.order).stop if found else None
 
@@ -207,17 +319,16 @@ class Heartbeat:
         if left is not None:
             if left["how"] == "failed":
                 parts = {name: left.get(name) for name in ("seen", "allowed", "change", "traceback")}
-                return _Found(
-                    0, RankLost(Lost(f"rank {peer.rank}: {left['problem']}", left["exit_code"], peer.rank, **parts))
-                )
-            return _Found(2, StopRequested(left["signal"])) if left["how"] == "stopped" else None
+                where = f"rank {peer.rank}" if peer.space == self._space else f"rank {peer.rank} on {peer.host}"
+                return _Found(0, RankLost(Lost(f"{where}: {left['problem']}", left["exit_code"], peer.rank, **parts)))
+            return _Found(2, StopRequested(left["signal"], peer.rank)) if left["how"] == "stopped" else None
         state = self._state_of(peer)
         if state == "gone":
             return _Found(1, RankLost(Lost(f"{peer} has died: it was killed, or crashed", KILLED, peer.rank)))
         if state == "stopped" and peer.silent > STOPPED_SECONDS:
             what = f"{peer} has been stopped (SIGSTOP) for {peer.silent:.0f} s"
             return _Found(1, RankLost(Lost(what, HUNG, peer.rank)))
-        if state == "unknown" and peer.silent > SILENT_SECONDS:
+        if state == "unknown" and peer.silent > SILENT_SECONDS and not self._unanswered:
             what = f"{peer} has not answered for {peer.silent:.0f} s: its machine or the network has failed"
             return _Found(1, RankLost(Lost(what, HUNG, peer.rank)))
         return None
@@ -236,12 +347,12 @@ class Heartbeat:
             return "gone"
         return {b"Z": "gone", b"X": "gone", b"T": "stopped", b"t": "stopped"}.get(state, "running")
 
-    def _without_store(self, error: Exception) -> Lost:
-        gone = [peer for peer in self._peers if self._state_of(peer) == "gone"]
-        if gone:
-            return Lost(f"{gone[0]} has died: it was killed, or crashed", KILLED, gone[0].rank)
-        problem = "the connection between the ranks is lost: torchrun, or the machine of rank 0, has ended"
-        return Lost(problem, KILLED, seen=str(error).splitlines()[0][:200] if str(error) else None)
+    def _without_store(self, seen: str) -> Lost:
+        for peer in self._peers:  # others that are gone have ended for the same reason
+            if peer.rank == 0 and self._state_of(peer) == "gone":
+                return Lost(f"{peer} has died: it was killed, or crashed", KILLED, 0)
+        problem = "the connection to rank 0 is lost: its machine, torchrun there, or the network has failed"
+        return Lost(problem, KILLED, seen=seen.splitlines()[0][:200] if seen else None)
 
 
 @dataclass(frozen=True)

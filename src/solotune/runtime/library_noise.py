@@ -25,6 +25,8 @@ LIBRARIES = (
 )  # fmt: skip
 VARIABLES = ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY")
 """Read when a library is imported, which then sets the level of its own logger."""
+NATIVE_LEVEL = "TORCH_CPP_LOG_LEVEL"
+"""Read when torch is loaded: its native code writes a stack trace when a connection between ranks ends."""
 _WHERE = rf"(solotune|{'|'.join(LIBRARIES)})(\.|$)"  # torch's native code warns in the name of the module that calls it
 
 
@@ -52,7 +54,8 @@ def quiet_libraries() -> Iterator[None]:
 def quieten() -> None:
     """Hide warnings, log lines and progress bars of libraries from now on."""
     bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # transformers reads the first too
-    for name, value in (*((name, "1") for name in bars), *((name, "error") for name in VARIABLES)):
+    values = {**dict.fromkeys(bars, "1"), **dict.fromkeys(VARIABLES, "error"), NATIVE_LEVEL: "ERROR"}
+    for name, value in values.items():
         os.environ.setdefault(name, value)
     _raise_levels([logging.getLogger(name) for name in LIBRARIES])
     if not sys.warnoptions:

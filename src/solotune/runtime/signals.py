@@ -45,9 +45,13 @@ SHOW_CURSOR = "\x1b[?25h"  # a live display hides it, and a second signal leaves
 class StopRequested(KeyboardInterrupt):
     """A stop signal has come. A KeyboardInterrupt, because libraries do not catch those."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, rank: int | None = None) -> None:
+        """Args:
+        rank: which got the signal; None: this one.
+        """
         super().__init__(signal.Signals(number).name)
         self.number = number
+        self.sender = "" if rank is None else f"rank {rank} got {self}: "
 
 
 class _Requests:

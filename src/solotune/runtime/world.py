@@ -27,7 +27,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,10 +34,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from solotune.errors import CheckError, InputError
+from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
 from solotune.runtime import heartbeat, signals
-from solotune.runtime.heartbeat import KILLED, Departure, Heartbeat, Lost, Peer, RankLost
-from solotune.runtime.rendezvous import store_at
+from solotune.runtime.heartbeat import Departure, Heartbeat, Lost, Peer, RankLost
+from solotune.runtime.rendezvous import Meeting, store_at
 from solotune.runtime.signals import StopRequested
 from solotune.units import first_line
 
@@ -117,61 +116,64 @@ class World:
         return self.rank == 0
 
     @property
+    def machines(self) -> list[list[int]]:
+        """The ranks of each machine, in order."""
+        hosts = {peer.rank: peer.host for peer in self.peers} | {self.rank: self._own.host if self._own else ""}
+        return [[rank for rank in sorted(hosts) if hosts[rank] == host] for host in dict.fromkeys(hosts.values())]
+
+    @property
     def local_ranks(self) -> list[int]:
         """The ranks on this machine, in order."""
-        host = self._own.host if self._own else ""
-        return sorted([self.rank, *(peer.rank for peer in self.peers if peer.host == host)])
+        return next(ranks for ranks in self.machines if self.rank in ranks)
 
     # --- meeting and leaving
 
-    def join(self) -> None:
+    def join(self, seconds: float = JOIN_SECONDS, note: Callable[[str], None] | None = None) -> None:
         """Meet the other ranks at the store and begin the heartbeat.
 
+        Args:
+            seconds: to wait for the last one.
+            note: told once for whom this rank waits, if that takes long.
+
         Raises:
-            InputError: MASTER_PORT is taken, nobody answers there, or some ranks do not come.
+            InputError: MASTER_PORT is taken, nobody answers there, some ranks do not come, or two have one number.
         """
         if self.size == 1:
             return
-        self._store = store_at(
-            self.address, self.size, self.restarts, JOIN_SECONDS, is_server=self.is_owner and not self.has_agent
-        )
-        own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        self._own = own
-        beats = store_at(self.address, self.size, self.restarts, JOIN_SECONDS, is_server=False)
-        found = self._meet({"rank": self.rank, "pid": own.pid, "host": own.host, "space": own.space})
-        self.peers = [Peer(**one) for one in found if one["rank"] != self.rank]
-        self._heartbeat = Heartbeat(beats, self.rank, self.peers)
-        self.all_gather(None)  # all have written their first state
+        until = time.monotonic() + seconds
+        is_server = self.is_owner and not self.has_agent
+        self._store = store_at(self.address, self.size, self.restarts, seconds, is_server=is_server)
+        beats = store_at(self.address, self.size, self.restarts, seconds, is_server=False)
+        self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
+        meeting = Meeting(self._store, self.rank, self.size, until, note)
+        with meeting.errors(is_first_here=self.local_rank == 0):
+            found = meeting.meet([own.rank, own.pid, own.host, own.space], self.address)
+            self.peers = [Peer(*one) for one in found if one[0] != self.rank]
+            self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
 
-    def _meet(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        self._store.set(f"hello/{self.rank}", json.dumps(own))
-        keys, until = [f"hello/{rank}" for rank in range(self.size)], time.monotonic() + JOIN_SECONDS
-        while not self._store.check(keys):
-            signals.check_stop()
-            if time.monotonic() > until:
-                missing = [rank for rank in range(self.size) if not self._store.check([keys[rank]])]
-                raise InputError(
-                    f"rank {', '.join(map(str, missing))} did not start within {JOIN_SECONDS:.0f} s",
-                    seen=f"{self.size - len(missing)} of {self.size} ranks are there",
-                    change="look at what these ranks print, and start all of them at the same time",
-                )
-            time.sleep(0.02)
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+    def leave(self, departure: Departure) -> bool:
+        """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved.
 
-    def leave(self, departure: Departure) -> None:
-        """Tell the others why this rank leaves; a rank that failed waits until rank 0 has saved."""
+        Rank 0 waits for the others if the store is in it: they may still read there.
+
+        Returns:
+            Whether another rank tells the user why the run has ended.
+        """
         if self._heartbeat is None:
-            return
+            return False
         beats = self._heartbeat
         beats.leave(departure)
-        if departure["how"] != "finished":
-            watched = None if self.is_owner else {0}
-            until = time.monotonic() + (READ_SECONDS if self.is_owner else LEAVE_SECONDS)
-            while not beats.others_have_left(watched) and time.monotonic() < until:
-                time.sleep(0.1)
+        if departure["how"] != "finished" or (self.is_owner and not self.has_agent):
+            beats.wait_for_departures(READ_SECONDS if self.is_owner else LEAVE_SECONDS)
         beats.stop()
         self._heartbeat = None
+        return beats.is_said(departure)
+
+    def lost_rank(self) -> Lost | None:
+        """The rank whose loss may be behind an error of the device; waits until the heartbeat can know of it."""
+        stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
+        return stop.lost if isinstance(stop, RankLost) else None
 
     def why(self, stop: StopRequested) -> StopRequested:
         """The reason behind a stop: torchrun sends SIGTERM to all ranks when one has died or failed."""
@@ -260,13 +262,14 @@ class World:
         self._device = device
 
     def disconnect(self) -> None:
-        """End the process group when all ranks have done their part."""
+        """End the process group when all ranks have done their part: nobody needs another one from then on."""
         if self._device is not None:
             import torch.distributed as dist
 
             self.all_gather(None)  # nobody leaves while another one still receives
             self._device = None
             dist.destroy_process_group()
+            self.leave({"how": "finished"})
 
     def all_reduce(self, *tensors: torch.Tensor) -> None:
         """Replace each tensor by its sum over all ranks."""
@@ -318,12 +321,14 @@ class World:
     @contextlib.contextmanager
     def _blocking(self) -> Iterator[None]:
         """A call in the block waits for the others in native code; if one is lost, only the heartbeat can act."""
-        assert self._heartbeat is not None
-        self._heartbeat.may_end_process = True
+        beats, before = self._heartbeat, False
+        if beats is not None:
+            before, beats.may_end_process = beats.may_end_process, True
         try:
             yield
         finally:
-            self._heartbeat.may_end_process = False
+            if beats is not None:
+                beats.may_end_process = before
 
     def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
         """Ask until it is done.
@@ -337,18 +342,18 @@ class World:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn an error of a transfer into its reason: the rank that is lost."""
+        """Turn an error of a transfer into its reason: the rank that is lost.
+
+        A store in a stopped rank 0 answers in no time. The others have nothing to save, and may end where they wait.
+        """
         try:
-            yield
+            with contextlib.nullcontext() if self.is_owner else self._blocking():
+                yield
         except RuntimeError as error:
-            stop: StopRequested | None = None
-            until = time.monotonic() + FIND_SECONDS
-            while stop is None and time.monotonic() < until and self._heartbeat is not None:
-                time.sleep(0.05)
-                stop = self._heartbeat.look()
+            stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
             if stop is None:
-                problem = "a transfer between the ranks failed"
-                stop = RankLost(Lost(problem, KILLED, seen=first_line(error), change="check the network between them"))
+                assert self._heartbeat is not None
+                stop = RankLost(self._heartbeat.transfer_failed(first_line(error)))
             signals.request_stop(stop)
             signals.check_stop()
             raise stop from error  # nothing handles signals here
@@ -358,20 +363,27 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def joined(world: World, departure_of: Callable[[BaseException], Departure]) -> Iterator[None]:
+def joined(
+    world: World,
+    departure_of: Callable[[BaseException], Departure],
+    note: Callable[[str], None] | None = None,
+    seconds: float = JOIN_SECONDS,
+) -> Iterator[None]:
     """Meet the other ranks; in the end, or after an error, tell them.
 
     Args:
         departure_of: what the others get to know about an error.
+        note, seconds: see `World.join`.
     """
     if world.size == 1:
         yield
         return
-    world.join()
+    world.join(seconds, note)
     try:
         yield
     except BaseException as error:
-        world.leave(departure_of(error))
+        if world.leave(departure_of(error)):
+            error.add_note(SAID_BY_ANOTHER_RANK)
         raise
     world.leave({"how": "finished"})
 
@@ -382,13 +394,3 @@ def rank_of(environ: Mapping[str, str]) -> int | None:
         world = World.of_environment(environ)
         return world.rank if world.size > 1 else None
     return None
-
-
-def end_process(code: int) -> None:
-    """End this process now if its process group is still there: threads of that wait for a rank that is gone."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)

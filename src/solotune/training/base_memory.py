@@ -17,7 +17,8 @@ from torch import nn
 
 from solotune.config.run_config import Choice, RunConfig
 from solotune.errors import CheckError
-from solotune.hardware.machine import Machine, dtype_of, ram
+from solotune.hardware.machine import Machine, dtype_of
+from solotune.hardware.ram import ram
 from solotune.hub.model_files import ModelFiles
 from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import frozen_linears
@@ -95,7 +96,7 @@ def settle_offload(config: RunConfig, machine: Machine, model_files: ModelFiles)
         if config.base_offload in ("auto", False):
             return config, []
         return config, [Choice("base_offload", config.base_offload, "it saves nothing: on a CPU there is one memory")]
-    if config.base_offload is False or config.base_precision == "auto":
+    if config.base_offload is False or config.base_sharding is True or config.base_precision == "auto":
         return config, []
     size, choices = BaseSize.of(config, model_files), list[Choice]()
     depth, wanted = len(size.layers), config.base_offload
@@ -118,8 +119,8 @@ def _require_host(size: BaseSize, base_offload: bool | int) -> None:
     """Raises:
     CheckError: the streamed layers do not fit in host memory.
     """
-    total, free = ram()
-    room = SHARE_OF_HOST * free
+    host = ram()
+    room = SHARE_OF_HOST * host.free
     if (needed := size.on_host(base_offload)) <= room:
         return
     depth = len(size.layers)
@@ -127,7 +128,7 @@ def _require_host(size: BaseSize, base_offload: bool | int) -> None:
     fewer = f"base_offload: {most}" if most else "base_offload: false"
     raise CheckError(
         "base_offload: the streamed layers do not fit in host memory",
-        seen=f"{gib(needed)} GiB of layers and embedding; {gib(free)} of {gib(total)} GiB of host memory are free",
+        seen=f"{gib(needed)} GiB of layers and embedding; {host.in_words()}",
         allowed=f"{gib(room)} GiB, {SHARE_OF_HOST:.0%} of what is free",
         change=f"free host memory, or {fewer} (then {gib(size.on_card(most))} GiB of the base are on the card)",
     )

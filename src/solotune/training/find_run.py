@@ -24,9 +24,8 @@ from solotune.run.run_dir import RunDirectory, list_runs
 
 CONFIG_NAME = "config_name"  # key of environment.json
 MAY_CHANGE = {
-    "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "torch_compile",
-    "cuda_graphs",
-    "attn_implementation",
+    "preflight", "gradient_checkpointing", "activation_offload", "base_residency", "base_offload", "base_sharding",
+    "torch_compile", "cuda_graphs", "attn_implementation",
 }  # fmt: skip
 """Keys outside of the section `run` that change no more than rounding."""
 

@@ -17,6 +17,9 @@ A graph keeps the peak memory of its pass, and all graphs share it. A pass of an
 own memory, so the graphs are released first (`release`). Recording takes as long as launching one pass. Both ways
 compute the same: the same kernels in the same order.
 
+cuBLAS has a workspace for each thread and stream that it computes on, 32 MiB on Hopper, and PyTorch keeps them all.
+Those of the other way are given back whenever it changes, which saves 64 MiB.
+
 What it does not do
 -------------------
 Record passes that are not compiled: they read values from the device and draw random numbers from generators.
@@ -108,10 +111,13 @@ class MicroBatchRunner:
         if self._graphs:
             self._graphs.clear()
             self._pool = None
+            torch._C._cuda_clearCublasWorkspaces()  # of the recorded stream
             torch.cuda.empty_cache()
 
     def _record(self, forward_backward: ForwardBackward, batch: Batch, total_weight: float) -> _Graph | None:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self._graphs:
+            torch._C._cuda_clearCublasWorkspaces()  # of passes that are not recorded; all graphs share theirs
         try:
             graph = _Graph(self, forward_backward, batch, total_weight, self._pool)
         except RuntimeError as error:  # the model reads values of its data, or memory is too small: run without a graph

@@ -214,7 +214,7 @@ def train(
         if saves.every and done > saves.newest:  # stopped early
             saves.make(done)
     except StopRequested as stop:
-        if done > saves.newest:
+        if done > saves.newest and world.is_owner:
             saves.make(done, is_alone=True)
         observer.finish()
         raise _interrupted(world.why(stop), done, run, saves.newest) from None
@@ -301,7 +301,7 @@ def _interrupted(stop: StopRequested, done: int, run: RunDirectory, saved: int) 
         is_saved = f"checkpoint of step {saved} saved" if saved else "no checkpoint saved yet"
         return rank_error(stop.lost, is_saved, f"continue with: {resume_command(run.path)}")
     what = f"stopped after step {done}; checkpoint saved" if done else "stopped in the first step; no checkpoint saved"
-    return InterruptedRunError(stop.number, what, f"continue with: {resume_command(run.path)}")
+    return InterruptedRunError(stop.number, stop.sender + what, f"continue with: {resume_command(run.path)}")
 
 
 @dataclass
@@ -360,7 +360,8 @@ class _Saves:
         """Write the checkpoint of a step, on rank 0.
 
         Args:
-            is_alone: other ranks are not asked whether they have the same adapters: they may be gone.
+            is_alone: other ranks are not asked whether they have the same adapters: they may be gone, and with them
+                their parts of a shared base.
 
         Raises:
             NonFiniteError: what would be saved is not finite; no checkpoint is written.
@@ -371,7 +372,8 @@ class _Saves:
         if not self.world.is_owner:
             self.newest = step
             return
-        if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer):
+        reads_frozen = not is_alone or self.model.shared is None
+        if problem := nonfinite.nonfinite_tensors(self.model, self.optimizer, reads_frozen):
             self.observer.failed(NonFiniteEvent(step, tensors=problem))
             raise NonFiniteError(
                 f"step {step}: values are not finite after the update; no checkpoint was saved", seen=", ".join(problem)

@@ -128,9 +128,14 @@ def examine_together(finding: Finding, share: StepShare) -> Finding:
     return Finding(tensors[:NUM_NAMED], rows, "reproducible" if again else "transient", is_of_state)
 
 
-def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The tensors of a model and its optimizer that are not finite; waits for the device."""
-    return [*_broken_adapters(model), *_broken_moments(model, optimizer), *_broken_frozen(model)][:NUM_NAMED]
+def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer, reads_frozen: bool = True) -> list[str]:
+    """The tensors of a model and its optimizer that are not finite; waits for the device.
+
+    Args:
+        reads_frozen: look at frozen weights too.
+    """
+    frozen = _broken_frozen(model) if reads_frozen else []
+    return [*_broken_adapters(model), *_broken_moments(model, optimizer), *frozen][:NUM_NAMED]
 
 
 def bad_rows(model: TrainableModel, micro_batches: Sequence[Batch]) -> list[str]:

@@ -43,7 +43,7 @@ from solotune.runtime import signals
 from solotune.training import checkpoint, loop
 from solotune.training.forward_backward import MicroBatchRunner
 from solotune.training.optimizer import make_optimizer
-from solotune.units import first_line, gib
+from solotune.units import first_line, format_bytes
 
 # Relative to the gradient's norm. Rounding differs between the two and grows with depth: 2 fp8 layers have 0.08. A
 # missing part of the gradient gives 0.9.
@@ -68,11 +68,13 @@ class Preflight:
 
     def in_words(self, planned_bytes: int) -> str:
         text = f"preflight: the largest step ({self.rows} rows, {self.places:,} tokens with padding) needed "
-        text += f"{gib(self.peak_bytes)} GiB ({gib(planned_bytes)} GiB planned)"
+        text += f"{format_bytes(self.peak_bytes)} ({format_bytes(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s ({self.first_step_seconds:.0f} s the first time)"
         if self.gradient_error is not None:
             text += f"; compiled and uncompiled gradients differ by {self.gradient_error:.1%}"
-        return text + (f"; {gib(self.free_bytes)} GiB of GPU memory are free" if self.free_bytes is not None else "")
+        return text + (
+            f"; {format_bytes(self.free_bytes)} of GPU memory are free" if self.free_bytes is not None else ""
+        )
 
 
 @signals.defer_signals()  # an exception raised by a signal while compiling would end the process
@@ -198,7 +200,7 @@ def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float 
 def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, changes: list[str]) -> CheckError:
     memory = gpu_memory()
     longest = batch.input_ids_BT.shape[1]
-    held = f"; {gib(memory.outside)} GiB of the card are used outside this process" if memory else ""
+    held = f"; {format_bytes(memory.outside)} of the card are used outside this process" if memory else ""
     return CheckError(
         "preflight: the largest step of this run does not fit in GPU memory",
         seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {first_line(error)}{held}",

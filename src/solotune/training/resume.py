@@ -51,7 +51,7 @@ COMPARED_BY_CONTENT = {
     "eval_dataset", "eval_dataset_split", "validation_size", "split_by", "column_mapping", "on_bad_row",
     "chat_template_path", "overflow", "assistant_only_loss", "train_on_last_turn",
 }  # fmt: skip
-_SAME_BITS = {"preflight", "base_offload", "activation_offload"}  # the same kernels on the same numbers
+_SAME_BITS = {"preflight", "base_offload", "base_sharding", "activation_offload"}  # same kernels on the same numbers
 _INEXACT = {  # and the keys of MICRO_BATCH, if their product is the same
     "gradient_checkpointing", "base_residency", "torch_compile", "cuda_graphs",
     "attn_implementation", "use_cpu",

@@ -27,6 +27,7 @@ from solotune.model.base_fingerprint import base_fingerprint, check_base
 from solotune.model.loading import Progress, TrainableModel, load_model
 from solotune.run.manifest import check_folder
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
+from solotune.runtime.world import ALONE, World
 from solotune.training import checkpoint
 from solotune.training.base_memory import settle_offload
 from solotune.training.resume import day_of
@@ -40,26 +41,30 @@ def resolve_for_machine(config: RunConfig) -> tuple[RunConfig, Machine, list[Cho
 
 
 def load_base(
-    config: RunConfig, machine: Machine, model_files: ModelFiles | None = None, progress: Progress | None = None
+    config: RunConfig,
+    machine: Machine,
+    model_files: ModelFiles | None = None,
+    progress: Progress | None = None,
+    world: World = ALONE,
 ) -> TrainableModel:
     """Load the base of a resolved config, with new adapters, on the config's device: see `load_model`.
 
     Raises:
-        CheckError: the host has no room for the layers that are streamed.
+        CheckError: the host has no room for the layers that are streamed, or ranks cannot share the base.
     """
     device = torch.device(environment.device_of(machine, use_cpu=config.use_cpu))
     with device_errors(config.memory):
         model_files = model_files or resolve_model(config)
         config, choices = settle_offload(config, machine, model_files)
         dtype = getattr(torch, environment.dtype_of(config.bf16))
-        model = load_model(config, device, dtype, model_files, progress)
+        model = load_model(config, device, dtype, model_files, progress, world)
     model.choices += choices
     return model
 
 
 def for_reading(recorded: RunConfig) -> RunConfig:
     """The config of a run that is read: where the base lies is chosen for this machine, not for that of the run."""
-    again: dict[str, object] = {"base_offload": "auto"}
+    again: dict[str, object] = {"base_offload": "auto", "base_sharding": False}
     if not recorded.multiplies_in_fp8:
         again["base_residency"] = "auto"
     return recorded.replaced("machine", **again)

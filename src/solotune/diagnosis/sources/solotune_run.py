@@ -30,7 +30,7 @@ from solotune.diagnosis.run_facts import LiveModel, RunFacts, Settings
 from solotune.diagnosis.sources import ranks, run_files
 from solotune.diagnosis.sources.live_model import batches_of, load_live_model
 from solotune.errors import IntegrityError, SolotuneError
-from solotune.hardware.machine import ram
+from solotune.hardware.ram import ram
 from solotune.hub.download import is_local_path, offline
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.run.record import RunRecord
@@ -151,7 +151,7 @@ def too_large(run_facts: RunFacts) -> str | None:
 def _free_bytes() -> int:
     import torch
 
-    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram()[1]
+    return int(torch.cuda.mem_get_info(0)[0]) if torch.cuda.is_available() else ram().free
 
 
 def live_of(
@@ -168,7 +168,8 @@ def live_of(
         from solotune.model.adapter import adapter_tensors
         from solotune.training.trained_run import resolve_for_machine
 
-        again = config.replaced("diagnosis", torch_compile=False, base_offload="auto")  # for the memory of this machine
+        for_this_machine = {"base_offload": "auto", "base_sharding": False}
+        again = config.replaced("diagnosis", torch_compile=False, **for_this_machine)
         resolved, machine, _ = resolve_for_machine(again)
         tensors = adapter_tensors(adapter) if adapter is not None else None
         return load_live_model(resolved, machine, tokenizer, prepared.train, prepared.validation, tensors, model_files)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from solotune.model import host_blocks
-from solotune.model.host_blocks import HostBlock, HostBlocks
+from solotune.model import layer_blocks
+from solotune.model.host_blocks import HostBlock
+from solotune.model.layer_blocks import LayerBlocks
 from solotune.model.loading import load_model
 
 CPU = torch.device("cpu")
@@ -49,10 +50,10 @@ def test_tensors_in_any_order(tiny_config, monkeypatch):
     config = tiny_config(base_offload=True, base_precision="nf4")
     plain = load_model(tiny_config(base_precision="nf4"), CPU, torch.float32)
     waited = []
-    monkeypatch.setattr(host_blocks, "MAX_INCOMPLETE", 1)
-    original = HostBlocks.loaded
+    monkeypatch.setattr(layer_blocks, "MAX_INCOMPLETE", 1)
+    original = LayerBlocks.loaded
     monkeypatch.setattr(
-        HostBlocks, "loaded", lambda self, name: (original(self, name), waited.append(len(self._incomplete)))[0]
+        LayerBlocks, "loaded", lambda self, name: (original(self, name), waited.append(len(self._incomplete)))[0]
     )
     monkeypatch.setattr("solotune.model.loading.read_tensors", by_kind())
     streamed = load_model(config, CPU, torch.float32)
