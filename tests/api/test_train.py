@@ -96,7 +96,8 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
     assert plan["measured"]["step_seconds"] > 0 and plan["predicted"]["fits"]
     log = (tried.run_dir / "log.txt").read_text()
     assert "preflight: the largest step (4 rows, " in log
-    assert re.search(r"plan: [\d.]+ GiB peak memory \(budget [\d.]+ GiB\), [\d.e-]+ s per step, \d+:\d\d in total", log)
+    size = r"[\d.,]+ [GM]iB"
+    assert re.search(rf"plan: {size} peak memory \(budget {size}\), [\d.e-]+ s per step, \d+:\d\d in total", log)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 
 
