@@ -39,6 +39,7 @@ FLOORS = {
     "pyarrow": ("14.0.1", "a Parquet or Arrow file could run code (CVE-2023-47248)"),
 }
 MIN_DISK_BYTES, MIN_RAM_BYTES = 20 << 30, 8 << 30
+MIN_ADDRESS_SPACE = 950 << 20  # below, torch or a library beside it fails to load, or crashes; a tiny run takes it
 NF4_MAX_ERROR = 0.16  # half the widest gap between two NF4 values (-1.0 and -0.696), plus rounding
 
 
@@ -96,6 +97,9 @@ def require_torch() -> None:
     Raises:
         CheckError: it cannot.
     """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:  # its libraries may crash where it runs out
+        raise _torch_missing(f"with the libraries beside it, it takes about {gib(MIN_ADDRESS_SPACE)} GiB")
     try:
         import torch  # noqa: F401
     except Exception as error:
