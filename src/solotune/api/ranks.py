@@ -89,7 +89,7 @@ def torchrun_line(count: int, config: ConfigSource, overrides: Overrides = (), *
 def note_of_other_gpus(
     world: World, config: RunConfig, named: ConfigSource, overrides: Overrides, resume: bool
 ) -> str | None:
-    """What a run that uses one of several GPUs is told: how to use all."""
+    """How to use all GPUs of this machine, for a run that uses one of several; None for other runs."""
     import torch
 
     if world.size > 1 or config.use_cpu or (count := torch.cuda.device_count()) < 2:

@@ -260,7 +260,7 @@ class Plan(ResultRepr):
         """The change that makes it fit: `max_length: 1024 (then 8.1 GiB, 900 tokens/s)`."""
         if self.changed is None and self.lacks_host_memory:
             needed = self.ranks.local * self.option.footprint.host_bytes / SHARE_OF_HOST
-            return f"{format_bytes(round(needed))} of free host memory, a smaller model, or a larger card"
+            return f"{format_bytes(needed)} of free host memory, a smaller model, or a larger card"
         if self.changed is None:
             least = self.option.footprint.card_bytes * SAFETY
             large = [c for c in CARDS.values() if c.memory_bytes * SHARE_OF_CARD >= least]
