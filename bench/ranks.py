@@ -2,12 +2,13 @@
 
     python -m bench.ranks --instants 200 --ranks 2 --out FILE   SIGKILL, SIGTERM or SIGSTOP to a random rank
     python -m bench.ranks --instants 10 --launcher torchrun ... the same under torchrun, which ends the others too
+    python -m bench.ranks --instants 6 --gpus ...               on GPUs (NCCL, nf4), under torchrun
     python -m bench.ranks --table FILE                          the table of what has run so far
 
-A tiny model on the CPU (gloo). Each run is hit once, then resumed to its end. The instant: a random line of what rank 0
-prints, from none at all to its last, and then up to 0.3 s. FILE gets one line of JSON for each instant; a second call
-with the same arguments goes on where the first one has ended. The ranks are forked from this process, so nobody but
-they themselves ends them, as under srun.
+A tiny model on the CPU (gloo), or with --gpus on GPUs. Each run is hit once, then resumed to its end. The instant: a
+random line of what rank 0 prints, from none at all to its last, and then up to 0.3 s. FILE gets one line of JSON for
+each instant; a second call with the same arguments goes on where the first one has ended. The ranks are forked from
+this process, so nobody but they themselves ends them, as under srun.
 
 What must hold
 --------------
@@ -166,8 +167,9 @@ def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path
     """Hit a run at the instants that are missing in `cases`; why there can be none."""
     import solotune
 
-    prepare(work)
-    solotune.plan("run.yaml")  # before the ranks are forked
+    prepare(work, on_gpus=given.gpus)
+    if not given.gpus:
+        solotune.plan("run.yaml")  # before the ranks are forked
     whole = Launched(work, given.ranks, given.launcher)
     problems, wanted = whole.wait(), figures_of(work / "run")
     if problems or not wanted["adapter"]:
@@ -193,6 +195,7 @@ def main() -> int:
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
+    parser.add_argument("--gpus", action="store_true", help="a GPU for each rank, under torchrun")
     parser.add_argument("--real-limits", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -201,6 +204,8 @@ def main() -> int:
     if given.table:
         print(table([case for path in given.table for case in read(path)]))
         return 0
+    if given.gpus:
+        given.launcher = "torchrun"
     load_all()
     if not given.real_limits:
         heartbeat.STOPPED_SECONDS, world.JOIN_SECONDS = STOPPED_SECONDS, JOIN_SECONDS

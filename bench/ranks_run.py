@@ -18,14 +18,16 @@ from typing import Any
 
 LIMIT_SECONDS = 120.0
 TIMES = ("step_seconds", "tokens_per_second", "peak_bytes", "time")
-CONFIG = """\
-model_name_or_path: model
-dataset: chats.jsonl
-max_length: 64
+ON_CPU = """\
 use_cpu: true
 base_precision: fp32
 bf16: false
-lora_target_modules: all-linear
+"""
+CONFIG = f"""\
+model_name_or_path: model
+dataset: chats.jsonl
+max_length: 64
+{ON_CPU}lora_target_modules: all-linear
 lora_r: 4
 lora_dropout: 0.1
 max_steps: 12
@@ -67,7 +69,7 @@ def load_all() -> None:
     plan_inputs.cpu_gflops = cache(plan_inputs.cpu_gflops)
 
 
-def prepare(work: Path, num_layers: int = 1) -> None:
+def prepare(work: Path, num_layers: int = 1, *, on_gpus: bool = False) -> None:
     """A tiny model, chats of many lengths, some of double weight, and the config."""
     import numpy as np
     import torch
@@ -86,7 +88,8 @@ def prepare(work: Path, num_layers: int = 1) -> None:
             asked = {"role": "user", "content": "x" * int(rng.integers(1, 20))}
             answer = {"role": "assistant", "content": "y" * int(rng.integers(1, 12)) + str(i), "weight": 1 + i % 2}
             file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-    (work / "run.yaml").write_text(CONFIG, encoding="utf-8")
+    config = CONFIG.replace(ON_CPU, "base_precision: nf4\n") if on_gpus else CONFIG
+    (work / "run.yaml").write_text(config, encoding="utf-8")
 
 
 class Launched:

@@ -30,7 +30,10 @@ def test_a_checkpoint_has_names_and_shapes_and_takes_no_disk(tmp_path, monkeypat
     first, again = (dict(loading.read_tensors([path], match, torch.bfloat16)) for _ in range(2))
     assert first.keys() == header.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert 0.015 < float(first["model.embed_tokens.weight"].float().std()) < 0.025
+    spread = {name: float(tensor.float().std()) for name, tensor in first.items()}
+    assert 0.9 < spread["model.embed_tokens.weight"] < 1.1
+    assert 0.015 < spread["model.layers.0.mlp.up_proj.weight"] < 0.025
+    assert spread["model.layers.0.mlp.down_proj.weight"] < 0.001, "layers add little to the embedding"
 
 
 def test_the_table_compares_cards_with_one_and_losses_with_their_noise():
