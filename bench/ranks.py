@@ -178,7 +178,7 @@ def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path
     for instant in range(len(cases), given.instants):
         rng, is_hit = random.Random(f"{given.seed} {given.ranks} {instant}"), False
         while not is_hit:
-            victim, number = rng.randrange(given.ranks), rng.choice(SIGNALS)
+            victim, number = rng.randrange(given.ranks), rng.choice(given.signals)
             case = Case(instant, given.ranks, given.launcher, number, victim, "", 0.0, 0, [], [])
             is_hit = hit_once(work, case, rng, num_lines, wanted)
         cases.append(case)
@@ -195,6 +195,7 @@ def main() -> int:
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
+    parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--gpus", action="store_true", help="a GPU for each rank, under torchrun")
     parser.add_argument("--real-limits", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
