@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.plan_runs import ALL, MODELS, Case, make_weights_here, plan_of, run
+from bench.made_weights import make_weights_here
+from bench.plan_cases import ALL, MODELS, Case
+from bench.plan_runs import plan_of, run
 
 KEYS = ("gradient_checkpointing", "base_residency", "base_precision", "activation_offload")
 REPEATS = 5
