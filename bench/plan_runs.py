@@ -37,7 +37,6 @@ import numpy as np
 from bench.made_weights import make_checkpoint, make_weights_here
 from bench.plan_cases import CASES, MODELS, RECIPE, SETS, Case
 from solotune.config.settings import MICRO_BATCH
-from solotune.training.optimizer import make_optimizer
 
 SETTLED = ("gradient_checkpointing", "base_residency", "base_precision", "base_offload", "activation_offload")
 
@@ -121,6 +120,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     from solotune.model.loading import load_model
     from solotune.training import loop
     from solotune.training.forward_backward import MicroBatchRunner
+    from solotune.training.optimizer import make_optimizer
 
     torch._dynamo.reset()
     gc.collect()
