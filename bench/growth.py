@@ -2,15 +2,16 @@
 
     python -m bench.growth [--only TEXT ...] [--out FOLDER]
 
-Models, random weights and the step are those of `bench.plan_runs`; knobs are the plan's choice for the card. The
-ceiling is the time of the base's products and of the head's, forward and once backward, each size measured alone on
-random numbers: a step that did nothing else would reach it. Attention is not in it, so long rows fall away from it.
-Writes `growth.md` and `growth.jsonl`, a line a case as it is done.
+Models, weights and the step are those of `bench.plan_runs`; settings are the plan's choice for the card. The ceiling is
+the time of the base's products and of the head's, forward and once backward, each size measured alone on random
+numbers: a step that did nothing else would reach it. Attention is not in it, so long rows fall away from it. Writes
+`growth.md` and `growth.jsonl`, a line a case as it is done. A case that does not fit has a line that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import tempfile
 from collections import Counter
@@ -18,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.plan_runs import ALL, MODELS, Case, make_weights_here, plan_of, run
+from bench.made_weights import make_weights_here
+from bench.plan_cases import ALL, MODELS, Case
+from bench.plan_runs import SETTLED, plan_of, run
 
-KEYS = ("gradient_checkpointing", "base_residency", "base_precision", "activation_offload")
 REPEATS = 5
+HEAD = "| grows | case | chosen | tokens/s | peak GiB | products alone | share |\n|---|---|---|--:|--:|--:|--:|\n"
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -42,6 +45,8 @@ def ceiling_tokens_per_second(model: str, tokens: int) -> float:
     """Of products alone: x W^T and dy W for every linear of the layers, and for the head, in bfloat16."""
     import torch
 
+    gc.collect()
+    torch.cuda.empty_cache()
     sizes = MODELS[model]
     head = sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
     hidden, inner, depth = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
@@ -72,37 +77,61 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     args = parser.parse_args()
+    from solotune.hardware import machine as environment
+
+    environment.probe()  # lets the allocator's segments grow, as in a run; it is too late once torch is loaded
     from solotune.planning import plan_inputs
 
     make_weights_here()
     shapes = plan_inputs.shapes_of()
-    folder = Path(tempfile.mkdtemp(prefix="growth-"))
     args.out.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "| grows | case | chosen | tokens/s | peak GiB | products alone | share |",
-        "|---|---|---|--:|--:|--:|--:|",
-    ]
-    with open(args.out / "growth.jsonl", "w", encoding="utf-8") as file:
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder, open(args.out / "growth.jsonl", "w") as file:
         for grows, case in cases():
-            if not any(text in f"{grows} {case.name}" for text in args.only):
-                continue
-            plan = plan_of(case, folder, shapes, None)
-            chosen = {key: getattr(plan.resolved, key) for key in KEYS}
-            result: dict[str, Any] = {"grows": grows, "case": case.name, "chosen": chosen}
-            result |= run(case, plan.resolved, args.steps)
-            result["ceiling"] = ceiling_tokens_per_second(case.model, case.rows * case.tokens)
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            lines.append(_line(grows, case, plan.resolved, result))
-            print(lines[-1], flush=True)
-    (args.out / "growth.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            if any(text in f"{grows} {case.name}" for text in args.only):
+                result = {"grows": grows, "case": case.name, **measure(case, Path(folder), shapes, args.steps)}
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                lines.append(line_of(result))
+                print(lines[-1], flush=True)
+                (args.out / "growth.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _line(grows: str, case: Case, resolved: Any, result: dict[str, Any]) -> str:
-    speed, ceiling = result["tokens_per_second"], result["ceiling"]
-    chosen = f"{resolved.base_residency}, {resolved.gradient_checkpointing} checkpointed"
-    cells = [grows, case.name, chosen, f"{speed:,.0f}", f"{result['peak_bytes'] / 2**30:.1f}", f"{ceiling:,.0f}"]
-    return "| " + " | ".join([*cells, f"{speed / ceiling:.0%}"]) + " |"
+def measure(case: Case, folder: Path, shapes: Any, steps: int) -> dict[str, Any]:
+    """What the plan chooses, what the steps took, and the ceiling; or why there is nothing to measure."""
+    import torch
+
+    from solotune.errors import DeviceError
+
+    plan = plan_of(case, folder, shapes, None)
+    if not plan.fits:
+        return {"error": "no setting fits"}
+    chosen = {key: getattr(plan.resolved, key) for key in SETTLED}
+    try:
+        measured = run(case, plan.resolved, steps)
+    except (torch.OutOfMemoryError, DeviceError) as error:
+        return {"chosen": chosen, "error": str(error).split("\n")[0]}
+    ceiling = ceiling_tokens_per_second(case.model, case.rows * case.tokens)
+    return {"chosen": chosen, **measured, "ceiling": ceiling}
+
+
+def line_of(result: dict[str, Any]) -> str:
+    """A row of the table."""
+    if "error" in result:
+        return f"| {result['grows']} | {result['case']} | {result['error']} | | | | |"
+    speed, ceiling, chosen = result["tokens_per_second"], result["ceiling"], result["chosen"]
+    settings = [chosen["base_residency"]]
+    for key, words in (("gradient_checkpointing", "checkpointed"), ("base_offload", "streamed")):
+        if (count := chosen[key]) is not False:
+            settings.append(f"{'all' if count is True else count} {words}")
+    cells = [
+        result["grows"],
+        result["case"],
+        ", ".join(settings),
+        f"{speed:,.0f}",
+        f"{result['peak_bytes'] / 2**30:.1f}",
+    ]
+    return "| " + " | ".join([*cells, f"{ceiling:,.0f}", f"{speed / ceiling:.0%}"]) + " |"
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ with), `70B` streams a base of 35 GiB: each of its runs takes two minutes, most 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 ALL = "lora_target_modules=all-linear"
 KEEP, REDO = "gradient_checkpointing=false", "gradient_checkpointing=true"
 CODES, MIRROR = "base_residency=quantized", "base_residency=dequantized"

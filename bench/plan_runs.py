@@ -34,23 +34,20 @@ from typing import Any
 
 import numpy as np
 
-from bench.plan_cases import CASES, MODELS, SETS, Case
+from bench.made_weights import make_checkpoint, make_weights_here
+from bench.plan_cases import CASES, MODELS, RECIPE, SETS, Case
 from solotune.config.settings import MICRO_BATCH
-from solotune.training.optimizer import make_optimizer
 
-RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 SETTLED = ("gradient_checkpointing", "base_residency", "base_precision", "base_offload", "activation_offload")
 
 
 def config_of(case: Case, folder: Path, layers: int | None = None) -> Any:
-    """The case's config, on a folder that has config.json alone."""
+    """The case's config, on a folder with the model's shape and no weights (`bench.made_weights`)."""
     from solotune.config.load import load_config
     from solotune.config.run_config import RunConfig
 
     path = folder / f"{case.model}-{layers or 'all'}"
-    path.mkdir(exist_ok=True)
-    sizes = {**MODELS[case.model], **({"num_hidden_layers": layers} if layers else {})}
-    (path / "config.json").write_text(json.dumps({**sizes, "dtype": "bfloat16"}))
+    make_checkpoint(path, {**MODELS[case.model], **({"num_hidden_layers": layers} if layers else {})})
     rows = [] if case.rows_are_open else ["gradient_accumulation_steps=2"]
     mine = [f"model_name_or_path={path}", f"per_device_train_batch_size={case.rows}", f"max_length={case.tokens}"]
     config = load_config(RECIPE, ["gradient_checkpointing=auto", *rows, *mine, *case.overrides])
@@ -114,31 +111,6 @@ def random_rows(case: Case, count: int) -> list[Any]:
     ]
 
 
-def make_weights_here() -> None:
-    """Lets `load_model` take random tensors that are made on the GPU for those of a checkpoint."""
-    import torch
-
-    from solotune.model import loading
-    from solotune.model.weights import TensorMatch
-
-    shapes: dict[str, torch.Size] = {}
-
-    def match(module: Any, files: Any) -> TensorMatch:
-        shapes.clear()
-        tied = set(module.all_tied_weights_keys)
-        shapes.update({k: t.shape for k, t in module.state_dict(keep_vars=True).items() if k not in tied})
-        return TensorMatch({name: name for name in shapes})
-
-    def read(files: Any, match: Any, dtype: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in shapes.items():
-            make = torch.ones if len(shape) == 1 else torch.randn
-            tensor = make(shape, device="cuda", dtype=torch.bfloat16)
-            yield name, tensor if len(shape) == 1 else tensor.mul_(0.02)
-
-    loading.weight_files, loading.unread_files = (lambda folder: []), (lambda folder, files: [])
-    loading.match_names, loading.read_tensors = match, read
-
-
 def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     """Loads, trains `steps` steps, and says what it took."""
     import torch
@@ -148,6 +120,7 @@ def run(case: Case, config: Any, steps: int) -> dict[str, Any]:
     from solotune.model.loading import load_model
     from solotune.training import loop
     from solotune.training.forward_backward import MicroBatchRunner
+    from solotune.training.optimizer import make_optimizer
 
     torch._dynamo.reset()
     gc.collect()

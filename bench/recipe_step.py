@@ -18,7 +18,7 @@ exactly `max_length` tokens, all supervised: no padding flatters or hurts, and a
 without a data set. Figures are medians over the steps after the first two, which compile and record.
 
 Under torchrun a step has twice the rows on two GPUs: tokens per second are those of all, memory is that of the first,
-which prints.
+which prints. `bench.scaling` compares such a run with one on each card.
 
 `--chats` takes rows out of a file instead; tokens are then those of the rows alone, without padding. `--profile` runs
 one more step and says where the GPU's time went in it.
@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import table
+from bench.plan_cases import RECIPE
 from solotune.config.load import load_config
 from solotune.display.progress import SilentDisplay
 from solotune.runtime.world import World
@@ -50,7 +51,6 @@ from solotune.runtime.world import World
 if TYPE_CHECKING:
     from solotune.run.events import StepEvent
 
-RECIPE = Path(__file__).parent.parent / "examples" / "walkthrough.yaml"
 COMMON = ("gradient_accumulation_steps=2", "validation_size=0", "save_strategy=no")
 CHATS = ("packing=true", "num_train_epochs=1")
 STEPS, NUM_WARM_UP = 6, 2
@@ -169,7 +169,8 @@ class Measured:
                 "choices": predicted["choices"],
             },
             "choices": self.choices,
-            "losses": [round(step.loss, 4) for step in steps],
+            "losses": [step.loss for step in steps],
+            "grad_norms": [step.grad_norm for step in steps],
         }
         return {**result, **({"kernels": self.clock.kernels} if self.clock.kernels else {})}
 

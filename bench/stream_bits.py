@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from bench.plan_runs import Case, config_of, make_weights_here, random_rows
+from bench.made_weights import make_weights_here
+from bench.plan_cases import Case
+from bench.plan_runs import config_of, random_rows
 from solotune.dataset.collate import collate
 from solotune.hardware import machine as environment
 from solotune.model.loading import load_model

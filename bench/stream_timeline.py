@@ -3,8 +3,8 @@
     python -m bench.stream_timeline 8B 4x2048 gradient_checkpointing=true base_offload=true [key=value ...]
     python -m bench.stream_timeline --trace trace.json            # a trace that torch.profiler has exported
 
-The model has a shape of `bench.plan_cases` and random weights, made on the GPU (`bench.plan_runs`). The profiled step
-is the one after `--steps` others, which compile and record. What is counted, from the GPU's own clock:
+The model has a shape of `bench.plan_cases` and random weights (`bench.made_weights`). The profiled step is the one
+after `--steps` others, which compile and record. What is counted, from the GPU's own clock:
 
 - compute: kernels, on any stream. Two at once count once.
 - copies: between host and GPU, by direction; `beside compute` is the share of their time in which a kernel runs too.
@@ -168,8 +168,9 @@ def profiled_step(words: Sequence[str], steps: int, folder: Path) -> Path:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from bench.made_weights import make_weights_here
     from bench.plan_cases import of
-    from bench.plan_runs import make_weights_here, plan_of, random_rows
+    from bench.plan_runs import plan_of, random_rows
     from solotune.dataset.collate import collate
     from solotune.hardware import machine as environment
     from solotune.model.loading import load_model

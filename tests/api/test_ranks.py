@@ -232,9 +232,13 @@ def test_a_rank_that_is_killed_ends_the_run_and_what_is_done_is_saved(keys, tmp_
 
 
 def test_one_rank_has_nobody_to_share_a_base_with(keys, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="base_sharding: a base is split over the GPUs of one machine"):
-        solotune.train({**keys, "base_sharding": True, "dataset": "not read.jsonl"})
+    keys |= {"base_sharding": True, "dataset": "not read.jsonl"}
+    with pytest.raises(InputError, match="base_sharding: a base is split over the GPUs of one machine") as refused:
+        solotune.train(keys)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError) as not_planned:
+        solotune.plan(keys)
+    assert str(not_planned.value) == str(refused.value)
 
 
 def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:

@@ -1,46 +1,48 @@
-"""bench.scaling: a checkpoint without bytes, whose weights are made while it is loaded, the same on each rank."""
+"""bench.scaling: the bench of one run, on each card and on all of them, compared."""
 
 from __future__ import annotations
 
-import torch
+import pytest
 from tiny import save_tokenizer
 
 from bench import plan_cases, scaling
-from solotune.model import loading
-from solotune.model.weight_files import read_header
-from solotune.model.weights import TensorMatch
-
-TINY = plan_cases._llama(64, 128, 2, 4, 2, 512, True)
-
-
-def test_a_checkpoint_has_names_and_shapes_and_takes_no_disk(tmp_path, monkeypatch):
-    monkeypatch.setitem(plan_cases.MODELS, "tiny", TINY)
-    save_tokenizer(tmp_path / "tokenizer")
-    scaling.make_checkpoint(tmp_path / "made", "tiny", tmp_path / "tokenizer")
-    path = tmp_path / "made" / "model.safetensors"
-    header = read_header(path)
-    assert tuple(header["model.layers.1.mlp.down_proj.weight"].shape) == (64, 128)
-    assert "lm_head.weight" not in header, "it is the embedding"
-    assert path.stat().st_size > 200_000 > 512 * path.stat().st_blocks
-    assert (tmp_path / "made" / "tokenizer.json").is_file()
-
-    monkeypatch.setattr(loading, "read_tensors", loading.read_tensors)
-    scaling.make_weights_here()
-    match = TensorMatch({name: name for name in header})
-    first, again = (dict(loading.read_tensors([path], match, torch.bfloat16)) for _ in range(2))
-    assert first.keys() == header.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    spread = {name: float(tensor.float().std()) for name, tensor in first.items()}
-    assert 0.9 < spread["model.embed_tokens.weight"] < 1.1
-    assert 0.015 < spread["model.layers.0.mlp.up_proj.weight"] < 0.025
-    assert spread["model.layers.0.mlp.down_proj.weight"] < 0.001, "layers add little to the embedding"
+from bench.made_weights import make_checkpoint
 
 
 def test_the_table_compares_cards_with_one_and_losses_with_their_noise():
     def run(speed, losses):
         planned = {"step_seconds": 1.0, "peak_gib": 5.0, "choices": []}
-        return {"tokens_per_second": speed, "step_seconds": 1.1, "peak_gib": 5.1, "losses": losses, "planned": planned}
+        return {"tokens_per_second": speed, "step_seconds": 1.1, "peak_gib": 5.1, "losses": losses,
+                "predicted": planned}  # fmt: skip
 
     one, both = [run(100, [2.0, 1.5]), run(102, [2.0, 1.501])], run(199, [2.0, 1.5002])
     assert scaling.row("8B", 2, one, both) == ["8B", "101", "199", "1.970", 5.1, "1.0 / 1.1", "1.0e-03", "2.0e-04"]
     assert scaling.row("70B", 2, [], both)[1:4] == ["", "199", ""], "not run on one card"
+
+
+@pytest.fixture
+def tiny_case(tmp_path):
+    """A case of a tiny shape on the CPU, and the folder of its model."""
+    save_tokenizer(tmp_path / "tokenizer")
+    make_checkpoint(tmp_path / "tiny", plan_cases._llama(64, 128, 2, 4, 2, 128, False), tmp_path / "tokenizer")
+    return scaling.Case("tiny", 1, ("use_cpu=true", "max_length=24", "base_precision=fp32", "learning_rate=0.01"))
+
+
+@pytest.mark.ranks
+def test_two_ranks_train_on_the_rows_of_one(tiny_case, tmp_path):
+    one = scaling.run(tiny_case, tmp_path, cards=2, ranks=1, steps=4)
+    (both,) = scaling.run(tiny_case, tmp_path, cards=2, ranks=2, steps=4)
+    assert [found["ranks"] for found in (*one, both)] == [1, 1, 2]
+    assert one[0]["losses"] == one[1]["losses"], "a CPU has no noise"
+    assert both["losses"] == pytest.approx(one[0]["losses"], abs=1e-5)
+    assert both["grad_norms"] == pytest.approx(one[0]["grad_norms"], rel=1e-3)
+    assert both["losses"][0] - both["losses"][-1] > 1e-3, "it learns"
+    assert "tiny use_cpu=true" in scaling.markdown(
+        {"cards": 2, "card": "CPU", "torch": "2", "cases": {tiny_case.name: {"one": one, "all": both}}}
+    )
+
+
+@pytest.mark.ranks
+def test_a_run_that_fails_ends_the_bench_with_what_it_said(tiny_case, tmp_path):
+    with pytest.raises(SystemExit, match=r"(?s)tiny .*on 1 cards:.*warmup_ratio"):
+        scaling.run(tiny_case._replace(overrides=("use_cpu=true", "warmup_ratio=7")), tmp_path, 1, 1, 3)

@@ -64,12 +64,14 @@ def test_ranks_begin_with_different_cards(tiny_config) -> None:
     assert [part_of(block.num_bytes, number, 3)[0] for number in (1, 2, 0)] == [begin for begin, _ in block._parts]
 
 
-@pytest.mark.parametrize(("hosts", "seen"), [("", "one process"), ("aab", "rank 2 is alone on its machine")])
+@pytest.mark.parametrize(("hosts", "seen"), [("", "one rank"), ("aab", "rank 2 is alone on its machine")])
 def test_a_rank_that_is_alone_on_its_machine_is_refused(hosts: str, seen: str, tiny_config) -> None:
     world = world_on(hosts) if hosts else ALONE
     with pytest.raises(InputError) as refused:
         load_model(tiny_config(base_sharding=True), CPU, torch.float32, world=world)
-    assert (refused.value.seen, refused.value.allowed) == (seen, "at least 2 ranks on each machine")
+    assert (refused.value.seen, refused.value.allowed) == (
+        seen, "at least 2 ranks on each machine (in a plan: --gpu h100x2)",
+    )  # fmt: skip
     assert "torchrun --nproc-per-node=N" in str(refused.value.change) and "base_offload" in str(refused.value.change)
 
 

@@ -349,10 +349,10 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "l
 def test_sharding_over_one_card_is_refused(config, capsys):
     assert cli.main(["plan", str(config), "--gpu", "h100", "base_sharding=true"]) == 2
     assert error_in(capsys.readouterr().err) == snapshot("""\
-command line, base_sharding: a base is split over the GPUs of one machine
-  seen:    a plan for one h100
-  allowed: --gpu h100x2, or on the machine: torchrun --nproc-per-node=2 -m solotune plan CONFIG
-  change:  base_sharding: auto\
+command line, base_sharding: a base is split over the GPUs of one machine, with a rank for each
+  seen:    one rank
+  allowed: at least 2 ranks on each machine (in a plan: --gpu h100x2)
+  change:  torchrun --nproc-per-node=N -m solotune train CONFIG (N: the number of GPUs), or base_offload: true instead of base_sharding\
 """)
 
 
@@ -373,6 +373,9 @@ def test_under_torchrun_it_is_the_plan_of_its_ranks_and_rank_0_prints_it(two_gpu
     _, found = plan_as_json(capsys, str(config))
     assert (found["ranks"]["size"], found["ranks"]["on_one_machine"], found["ranks"]["link"]) == (4, 2, "NVLink")
     assert any("the time of the network between machines is not known" in note for note in found["notes"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert cli.main(["plan", str(config), "base_sharding=true"]) == 2
+    assert "rank 0 is alone on its machine" in capsys.readouterr().err
     _, named = plan_as_json(capsys, str(config), "--gpu", "h100")
     assert "ranks" not in named  # a named card counts, and not the launcher
     monkeypatch.setenv("RANK", "1")

@@ -166,8 +166,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     from solotune.training import trained_run
 
     certain_faults.allowed_codes(config)  # before anything takes long
-    if config.base_sharding is True:
-        require_ranks(world)
+    require_ranks(config, world.machines)
     checked, machine, choices = trained_run.resolve_for_machine(config)
     checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
     machine = machine.shared_by(len(world.local_ranks))

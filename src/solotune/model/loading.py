@@ -66,7 +66,7 @@ from solotune.model.layers import (
 )
 from solotune.model.lm_head import check_head, head_of
 from solotune.model.residency import settle_residency
-from solotune.model.sharded_blocks import SharedBase
+from solotune.model.sharded_blocks import SharedBase, require_ranks
 from solotune.model.stored_weight import store_weight
 from solotune.model.tied_weights import different_ties, tie, untie
 from solotune.model.weight_files import unread_files, weight_files
@@ -174,9 +174,10 @@ def load_model(
 
     Raises:
         InputError: no usable model there, a damaged or already quantised checkpoint, an architecture without a list
-            of decoder layers, or a target module that matches nothing.
+            of decoder layers, a target module that matches nothing, or a base shared by a rank that is alone.
         CheckError: a rank cannot read its part of a shared base.
     """
+    require_ranks(config, world.machines)
     shared = SharedBase(world, device) if config.base_sharding is True else None
     model_files = (model_files or resolve_model(config)).with_weights()
     module, attention_name = empty_model(model_files, config.attn_implementation, config.batches, dtype, device)

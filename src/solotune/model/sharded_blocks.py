@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from solotune.config.run_config import RunConfig
 from solotune.errors import CheckError, InputError
 from solotune.hardware.peer_memory import Handle, ShareableBytes, opened
 from solotune.model.layer_blocks import ALIGNMENT, BlockLayout
@@ -86,10 +87,9 @@ class SharedBase:
     """The parts of one base on the ranks of this machine."""
 
     def __init__(self, world: World, device: torch.device) -> None:
-        """Raises:
-        InputError: a rank is alone on its machine.
+        """Args:
+        world: joined; see `require_ranks`.
         """
-        require_ranks(world)
         self.world, self.device = world, device
         self._ranks = world.local_ranks
         self._blocks: Sequence[ShardedBlock] = ()
@@ -140,17 +140,22 @@ class SharedBase:
         self.world.all_gather(None)
 
 
-def require_ranks(world: World) -> None:
-    """Raises:
-    InputError: a rank is alone on its machine, so there is no other GPU to share a base with.
+def require_ranks(config: RunConfig, machines: Sequence[Sequence[int]]) -> None:
+    """Check that `base_sharding: true` has another GPU to share the base with.
+
+    Args:
+        machines: the ranks of each machine.
+
+    Raises:
+        InputError: a rank is alone on its machine.
     """
-    alone = [ranks[0] for ranks in world.machines if len(ranks) == 1]
-    if alone:
-        seen = "one process" if world.size == 1 else f"rank {alone[0]} is alone on its machine"
+    alone = [ranks[0] for ranks in machines if len(ranks) == 1]
+    if config.base_sharding is True and alone:
         raise InputError(
-            "base_sharding: a base is split over the GPUs of one machine, with a rank for each",
-            seen=seen,
-            allowed="at least 2 ranks on each machine",
+            f"{config.source_of('base_sharding')}, base_sharding: a base is split over the GPUs of one machine, "
+            "with a rank for each",
+            seen="one rank" if len(machines) == 1 else f"rank {alone[0]} is alone on its machine",
+            allowed="at least 2 ranks on each machine (in a plan: --gpu h100x2)",
             change="torchrun --nproc-per-node=N -m solotune train CONFIG (N: the number of GPUs), "
             "or base_offload: true instead of base_sharding",
         )

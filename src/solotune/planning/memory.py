@@ -18,6 +18,7 @@ Loading is not included: its peak is the base and one tensor.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -159,25 +160,30 @@ def sharded_bytes(shape: ModelShape, knobs: MemoryStrategy) -> StoredBytes:
 
 def stored_bytes(shape: ModelShape, number: int, knobs: MemoryStrategy) -> StoredBytes:
     """Bytes of the frozen linears of one layer: one copy over the link."""
-    return _stored_bytes(
+    return stored_linears(
         shape.layer_linears[number], shape.dtype_bytes, knobs.base_precision, knobs.is_double_quantised
     )
 
 
 @lru_cache
-def _stored_bytes(
+def stored_linears(
     linears: tuple[Linear, ...], dtype_bytes: int, precision: Precision, is_double_quantised: bool
 ) -> StoredBytes:
+    """Bytes of frozen linears, without an unpacked copy."""
     knobs = MemoryStrategy(precision, is_double_quantised, False, 0, False, "adamw_torch", "cpu")
     base = BaseWeights(linears, 0, dtype_bytes)
     return StoredBytes(weight_bytes(base, knobs), quantisation_bytes(base, knobs))
 
 
 def ring_bytes(shape: ModelShape, knobs: MemoryStrategy) -> StoredBytes:
-    """Bytes on the card of the slots that layers pass through: each holds the largest of them."""
-    numbers = passing_layers(shape, knobs)
-    largest = max((stored_bytes(shape, number, knobs) for number in numbers), key=sum, default=StoredBytes(0, 0))
-    slots = min(RING_SLOTS, len(numbers))
+    """Bytes on the card of the slots that layers pass through."""
+    return ring_of([stored_bytes(shape, number, knobs) for number in passing_layers(shape, knobs)])
+
+
+def ring_of(layers: Sequence[StoredBytes]) -> StoredBytes:
+    """Bytes on the card of the slots that these layers pass through: each holds the largest of them."""
+    largest = max(layers, key=sum, default=StoredBytes(0, 0))
+    slots = min(RING_SLOTS, len(layers))
     return StoredBytes(slots * largest.weights, slots * largest.scales)
 
 

@@ -20,10 +20,10 @@ from solotune.config.settings import BatchSettings, EvaluationSettings
 from solotune.dataset import Prepared
 from solotune.dataset.example import lengths_of
 from solotune.dataset.sampler import BatchSampler, deal, pack_sequences
-from solotune.errors import InputError
 from solotune.hardware import link, several_gpus
 from solotune.hardware.machine import Machine
 from solotune.hub.model_files import ModelFiles
+from solotune.model.sharded_blocks import require_ranks
 from solotune.planning import planner
 from solotune.planning.gpus import Card, card_of, cards_named, cpu_card
 from solotune.planning.layer_profile import ModelShape, Workload
@@ -54,18 +54,12 @@ def plan_for(
         local_ranks: the ranks of the config that are on one machine; None: all.
 
     Raises:
-        InputError: no such card, a budget that the card does not have, or see `model_shape`.
+        InputError: no such card, a budget that the card does not have, or see `model_shape` and `require_ranks`.
     """
     card, free = card_here(machine, config.use_cpu) if gpu is None else (cards_named(gpu).card, None)
     local = local_ranks or config.ranks
     card = card.beside(local - 1)
-    if config.base_sharding is True and local == 1:
-        raise InputError(
-            f"{config.source_of('base_sharding')}, base_sharding: a base is split over the GPUs of one machine",
-            seen=f"a plan for one {card.name}",
-            allowed="--gpu h100x2, or on the machine: torchrun --nproc-per-node=2 -m solotune plan CONFIG",
-            change="base_sharding: auto",
-        )
+    require_ranks(config, [range(first, first + local) for first in range(0, config.ranks, local)])
     shapes = shapes_of(model_files)
     first = planner.precisions(config.memory, card)[0]
     positions = shapes(config.replaced("plan", base_precision=first)).max_positions

@@ -10,6 +10,7 @@ there would be no error to catch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from solotune.model.empty_model import empty_model
 from solotune.model.frozen_linear import frozen_linears
 from solotune.model.host_embedding import own_embedding
 from solotune.model.layers import decoder_layers
-from solotune.model.limits import RING_SLOTS, offloaded_layers
-from solotune.planning.layer_profile import BaseWeights, Linear, MemoryStrategy
-from solotune.planning.memory import quantisation_bytes, weight_bytes
+from solotune.model.limits import offloaded_layers
+from solotune.planning.layer_profile import Linear
+from solotune.planning.memory import StoredBytes, ring_of, stored_linears
 from solotune.planning.plan import SHARE_OF_HOST
 from solotune.units import gib
 
@@ -37,7 +38,7 @@ READING_BYTES = 3 << 29
 class BaseSize(NamedTuple):
     """Bytes of a base as it is stored."""
 
-    layers: tuple[int, ...]  # frozen linears of each decoder layer
+    layers: tuple[StoredBytes, ...]  # frozen linears of each decoder layer
     rest: int  # head, norms and everything else that stays on the card
     embedding: int = 0  # in host memory where layers are streamed; 0: tied to the head, so it stays too
 
@@ -49,41 +50,37 @@ class BaseSize(NamedTuple):
         frozen = set(frozen_linears(module).values())
         precision = "fp8" if config.multiplies_in_fp8 else config.base_precision
         assert precision != "auto", "the plan chooses it before a base is loaded"
-        stored = MemoryStrategy(
-            base_precision=precision,
-            is_double_quantised=config.bnb_4bit_use_double_quant,
-            has_dequantized_copy=False,
-            num_checkpointed=0,
-            is_offloaded=False,
-            optim=config.optim,
-            device="cuda",
-        )
 
-        def num_bytes(part: nn.Module, others: int) -> int:
-            linears = [linear for linear in part.modules() if linear in frozen]
-            shapes = [(*linear.weight.shape, linear.bias is not None) for linear in linears]  # type: ignore[misc]
-            weights = BaseWeights(
-                tuple(Linear(out, into, 1, has_bias, False) for out, into, has_bias in shapes), others, dtype.itemsize
-            )
-            return weight_bytes(weights, stored) + quantisation_bytes(weights, stored)
+        def stored(part: nn.Module) -> StoredBytes:
+            found = [linear for linear in part.modules() if linear in frozen]
+            linears = [Linear(*linear.weight.shape, 1, linear.bias is not None, False) for linear in found]  # type: ignore[misc]
+            return stored_linears(tuple(linears), dtype.itemsize, precision, config.bnb_4bit_use_double_quant)
 
+        layers = tuple(map(stored, decoder_layers(module)))
         own = sum(p.numel() for linear in frozen for p in linear.parameters(recurse=False))
-        layers = tuple(num_bytes(layer, 0) for layer in decoder_layers(module))
+        others = dtype.itemsize * (sum(p.numel() for p in module.parameters()) - own)
         table = own_embedding(module)
         embedding = 0 if table is None else table.weight.numel() * dtype.itemsize
-        whole = num_bytes(module, sum(p.numel() for p in module.parameters()) - own)
-        return cls(layers, whole - sum(layers) - embedding, embedding)
+        rest = others + sum(stored(module)) - _sum(layers) - embedding
+        return cls(layers, rest, embedding)
+
+    def _streamed(self, base_offload: bool | int) -> list[StoredBytes]:
+        return [self.layers[number] for number in offloaded_layers(base_offload, len(self.layers))]
 
     def on_card(self, base_offload: bool | int) -> int:
         """Bytes on the card with so many layers streamed, the ring included."""
-        streamed = [self.layers[number] for number in offloaded_layers(base_offload, len(self.layers))]
-        ring = min(RING_SLOTS, len(streamed)) * max(streamed, default=0)
-        return self.rest + self.embedding * (not streamed) + sum(self.layers) - sum(streamed) + ring
+        streamed = self._streamed(base_offload)
+        resident = _sum(self.layers) - _sum(streamed) + self.embedding * (not streamed)
+        return self.rest + resident + sum(ring_of(streamed))
 
     def on_host(self, base_offload: bool | int) -> int:
         """Bytes of the streamed layers and of the embedding in host memory."""
-        streamed = [self.layers[number] for number in offloaded_layers(base_offload, len(self.layers))]
-        return sum(streamed) + self.embedding * bool(streamed)
+        streamed = self._streamed(base_offload)
+        return _sum(streamed) + self.embedding * bool(streamed)
+
+
+def _sum(layers: Sequence[StoredBytes]) -> int:
+    return sum(map(sum, layers))
 
 
 def settle_offload(config: RunConfig, machine: Machine, model_files: ModelFiles) -> tuple[RunConfig, list[Choice]]:
