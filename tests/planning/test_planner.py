@@ -12,6 +12,8 @@ from solotune.config.run_config import RunConfig
 from solotune.errors import InputError
 from solotune.planning.gpus import CARDS, card_named, card_of, cpu_card
 from solotune.planning.layer_profile import (
+    EvaluationMoment,
+    EvaluationPass,
     LayerCost,
     Linear,
     Matmul,
@@ -22,13 +24,13 @@ from solotune.planning.layer_profile import (
     Workload,
 )
 from solotune.planning.memory import (
-    CATEGORIES,
     footprint,
     logit_bytes,
     optimizer_bytes,
     quantisation_bytes,
     weight_bytes,
 )
+from solotune.planning.peak_memory import CATEGORIES
 from solotune.planning.planner import bytes_of, full_rows, make_plan, precisions
 from solotune.planning.throughput import seconds
 from tests.messages import stable
@@ -47,6 +49,10 @@ def llama_8b() -> ModelShape:
         forward=Pass((Matmul(Polynomial(0, 4.37e8), Polynomial(4.4e8, 1e5), True),), Polynomial(2.6e6, 295968), 39),
         backward=Pass((Matmul(Polynomial(0, 4.38e8), Polynomial(4.4e8, 1e5), True),), Polynomial(2.6e6, 549924), 48),
         how="compiled",
+        evaluation=(EvaluationMoment(Polynomial(0, 102400)), EvaluationMoment(Polynomial(0, 73728), 14336 * 4096)),
+    )
+    evaluation = EvaluationPass(
+        Polynomial(0, 16644), (EvaluationMoment(Polynomial(0, 49420)),), 8.0, 131072, 4096, 16384
     )
     nothing = Pass((), Polynomial(), 0)
     outside = LayerCost(
@@ -61,7 +67,9 @@ def llama_8b() -> ModelShape:
     one = tuple(linear._replace(count=linear.count // 32) for linear in linears)
     sizes = (4096, 128256, 32, 128, 131072)
     head = (outside, (4, 6), 1 << 27, 16, 2, True)
-    return ModelShape("llama", linears, 1050939392, *sizes, (layer,) * 32, *head, (one,) * 32, 128256 * 4096)
+    return ModelShape(
+        "llama", linears, 1050939392, *sizes, (layer,) * 32, *head, (one,) * 32, evaluation, 128256 * 4096
+    )
 
 
 def config(**keys: object) -> RunConfig:

@@ -282,7 +282,8 @@ def write_initial_files(
         for line in resume_point.in_words():
             display.note(line)
     if ready.preflight:
-        display.note(ready.preflight.in_words(ready.plan.option.footprint.peak_bytes))
+        planned = ready.plan.option.footprint.peaks
+        display.note(ready.preflight.in_words(planned.training, planned.evaluation))
         run.log(PreflightEvent(**asdict(ready.preflight)))
     return run_summary
 
@@ -326,7 +327,8 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
-    seconds, peak = plan.option.seconds, plan.option.footprint.peak_bytes
-    memory = f"{format_bytes(peak)} peak memory (budget {format_bytes(plan.budget.bytes)})"
+    seconds, used = plan.option.seconds, plan.option.footprint
+    where = f", of {used.moment}" if used.is_of_evaluation else ""
+    memory = f"{format_bytes(used.peak_bytes)} peak memory{where} (budget {format_bytes(plan.budget.bytes)})"
     text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

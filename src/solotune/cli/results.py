@@ -268,6 +268,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         table.add_row("paged optimizer state (in host memory)", f"-{format_bytes(memory.paged_bytes, digits=2)}")
     table.add_section()
     table.add_row(Text(f"peak ({memory.moment})", "bold"), Text(format_bytes(memory.peak_bytes, digits=2), "bold"))
+    for name, size in memory.other_peaks():
+        table.add_row(f"peak of {name}", format_bytes(size, digits=2))
     table.add_row("budget", format_bytes(plan.budget.bytes, digits=2))
     if host := plan.host_memory():
         table.add_section()

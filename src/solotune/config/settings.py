@@ -15,6 +15,7 @@ from solotune.config.metric_specs import MetricSpec
 FOREIGN = "foreign"
 """Source of a value that the files of another trainer have."""
 MICRO_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+EVAL_ROWS = "per_device_eval_batch_size"
 """Keys whose product is the rows of a step."""
 
 
@@ -83,6 +84,11 @@ class MemorySettings(Settings):
     def micro_batch_is_open(self) -> bool:
         """Whether the plan may choose the rows of a micro-batch, at the same rows a step: if nobody set either key."""
         return all(self.source_of(key) == "default" for key in MICRO_BATCH)
+
+    @property
+    def eval_rows_are_open(self) -> bool:
+        """Whether the plan may choose fewer rows for an evaluation pass: if nobody set their number."""
+        return self.source_of(EVAL_ROWS) == "default"
 
 
 @dataclass(frozen=True, kw_only=True)

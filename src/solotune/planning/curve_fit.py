@@ -10,6 +10,10 @@ import torch
 
 from solotune.planning.layer_profile import LayerCost, Matmul, Pass, Polynomial
 
+LENGTHS = (512, 1024, 2048)
+"""Lengths (tokens) at which a layer is profiled: long enough that no weight is as small as an activation."""
+ROWS = 2
+"""Rows of a profiled batch: with one row some architectures skip a copy that they make for several."""
 MATMULS = ("mm", "addmm", "bmm", "baddbmm", "scaled_matmul", "dequant_matmul")
 IsFrozen = Callable[[int, int], bool]
 """Whether a product with a matrix of this shape uses a base weight."""
@@ -62,8 +66,8 @@ def fit(looks: Sequence[tuple[int, LayerProfile]], rows: int, how: Any) -> Layer
         return Pass(matmuls, through([work.other_bytes for work in works]), works[0].num_kernels)
 
     fields = ("kept", "output", "forward_peak", "backward_extra")
-    sizes = {name: through([getattr(look, name) for _, look in looks]) for name in fields}
-    return LayerCost(**sizes, forward=one(0), backward=one(1), how=how)
+    kept, output, forward_peak, extra = (through([getattr(look, name) for _, look in looks]) for name in fields)
+    return LayerCost(kept, output, forward_peak, extra, forward=one(0), backward=one(1), how=how)
 
 
 def growth_through(tokens: Sequence[int], values: Sequence[float]) -> Polynomial:

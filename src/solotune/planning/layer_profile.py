@@ -8,7 +8,7 @@ Shape legend: B rows, T tokens of the longest row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from solotune.model.adapter_coverage import AdapterCoverage
@@ -45,6 +45,34 @@ class Pass:
     num_kernels: int
 
 
+class EvaluationMoment(NamedTuple):
+    """One moment of a pass without gradients: what it has allocated by then."""
+
+    allocated: Polynomial
+    weights: int = 0  # of the base matrix that is multiplied then; 4-bit ones are unpacked beside what is allocated
+    is_attention: bool = False  # with a mask, keys and values are repeated for all query heads then
+
+
+@dataclass(frozen=True)
+class EvaluationPass:
+    """A pass without gradients, beside its layers: bytes around the layers, at the last norm, in the head and cache.
+
+    - given: alive when a layer starts: its input, the embedding's output, positions, masks.
+    - norm: the moments after the last layer.
+    - logit_bytes: the most allocated for each logit of a chunk, from the head to the argmax.
+    - cache: keys and values of one token in all layers, when answers are generated.
+    - layer_cache: those of one layer.
+    - repeated: the same, once more for each query head where query heads share keys; else 0.
+    """
+
+    given: Polynomial
+    norm: tuple[EvaluationMoment, ...]
+    logit_bytes: float
+    cache: int
+    layer_cache: int
+    repeated: int
+
+
 @dataclass(frozen=True)
 class LayerCost:
     """One kind of decoder layer: the memory it keeps and needs, and the work it does.
@@ -54,6 +82,7 @@ class LayerCost:
     - output: y alone, which is all that a checkpointed layer keeps.
     - forward_peak: the most allocated at one time during forward, without x.
     - backward_extra: the most allocated during backward, minus what is kept without y, plus x.
+    - evaluation: the moments of a pass without gradients that may be its peak, without x; none: not known.
     """
 
     kept: Polynomial
@@ -63,6 +92,7 @@ class LayerCost:
     forward: Pass
     backward: Pass
     how: Literal["compiled", "eager", "estimated"]
+    evaluation: tuple[EvaluationMoment, ...] = ()
 
 
 class Linear(NamedTuple):
@@ -108,6 +138,7 @@ class ModelShape:
     dtype_bytes: int
     is_compiled: bool
     layer_linears: tuple[tuple[Linear, ...], ...]  # those of `linears` that are in each layer
+    evaluation: EvaluationPass
     embedding_parameters: int  # of the token embedding, as part of `other_parameters`; 0 if it is the head too
     coverage: AdapterCoverage | None = None  # which parts have adapters
 
@@ -138,6 +169,8 @@ class Workload:
     eval_tokens: int = 0  # of all held-out rows
     num_evals: int = 0
     eval_batch: tuple[int, int] = (0, 0)  # rows and tokens of the largest evaluation pass
+    eval_labels: int | None = None  # the most supervised tokens of one of its rows; None: not known
+    answers: tuple[int, int, int] = (0, 0, 0)  # generated together, tokens of the longest prompt, most new tokens
     generated_tokens: int = 0
     has_one_shape: bool = False  # all micro-batches have one shape: compiled passes become CUDA graphs
     is_measured: bool = False  # counted on the rows of the run; False: full rows are assumed
@@ -148,6 +181,18 @@ class Workload:
     def tokens_per_step(self) -> float:
         """Tokens of all ranks, without padding."""
         return self.rows * self.mean_tokens * self.real_share * self.accumulation * self.ranks
+
+    def with_eval_rows(self, rows: int) -> Workload:
+        """The same work with at most so many rows in an evaluation pass, and prompts answered together."""
+        (now, tokens), (together, *lengths) = self.eval_batch, self.answers
+        return replace(self, eval_batch=(min(rows, now), tokens), answers=(min(rows, together), *lengths))
+
+    def with_eval_tokens(self, tokens: int) -> Workload:
+        """The same work with rows and prompts of at most so many tokens in evaluations."""
+        (rows, longest), (together, prompt, new) = self.eval_batch, self.answers
+        labels = None if self.eval_labels is None else min(tokens, self.eval_labels)
+        answers = (together, min(tokens, prompt), new)
+        return replace(self, eval_batch=(rows, min(tokens, longest)), eval_labels=labels, answers=answers)
 
     @property
     def rows_per_step(self) -> int:

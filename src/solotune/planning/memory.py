@@ -9,6 +9,8 @@ What lies in host memory is not on the card: frozen layers, but for the two slot
 token embedding; the inputs of checkpointed layers, but for two (`layer_ring`, `host_embedding`, `host_activations`).
 Where the base is sharded, a card has its part of each layer, and two slots too.
 
+    evaluation  held-out losses, or generated answers, without gradients (`evaluation_memory`)
+
 The peak is the largest of these moments, each summed from the costs of the layers, in order. It is what the allocator
 has given out (`torch.cuda.max_memory_allocated`); `card_bytes` adds the memory outside the allocator.
 
@@ -19,12 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from solotune.model.limits import MLP_CHUNK_TOKENS, RING_SLOTS, offloaded_layers
 from solotune.planning import constants as known
+from solotune.planning.evaluation_memory import Moment, answers_moment, evaluation_moment, evaluation_on_cpu
 from solotune.planning.gpus import Card
 from solotune.planning.layer_profile import (
     BaseWeights,
@@ -35,66 +37,15 @@ from solotune.planning.layer_profile import (
     Precision,
     Workload,
 )
-from solotune.units import gib
+from solotune.planning.peak_memory import CATEGORIES, HostMemory, PeakMemory, Peaks
 
-CATEGORIES = (
-    "weights",
-    "quantization_state",
-    "adapters",
-    "gradients",
-    "optimizer",
-    "activations",
-    "logits",
-    "workspace",
-)
 NF4_BLOCK, NESTED_BLOCK, OPTIMIZER_BLOCK = 64, 256, 256
 MIN_8BIT_WEIGHTS = 4096  # bitsandbytes keeps smaller tensors' moments in 32 bits
 MIN_PAGED_WEIGHTS = 100_000  # and pages only the moments of larger ones
 
 
-class HostMemory(NamedTuple):
-    """Bytes of pinned host memory."""
-
-    layers: int = 0  # frozen weights of streamed layers
-    embedding: int = 0  # token embedding
-    activations: int = 0  # inputs of checkpointed layers
-
-    def in_words(self) -> str:
-        """`4.5 GiB (3.5 of frozen layers, 1.0 of the embedding)`."""
-        names = ("of frozen layers", "of the embedding", "of activations")
-        parts = [f"{gib(size)} {name}" for size, name in zip(self, names, strict=True) if size]
-        return f"{gib(sum(self))} GiB" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Bytes at the peak."""
-
-    by_category: dict[str, int]
-    moment: str  # forward, head or backward: when the peak is
-    paged_bytes: int  # paged optimizer state, outside the allocator
-    outside_bytes: int  # CUDA context, NCCL and fragmentation
-    host: HostMemory
-    peers_bytes: int = 0  # of frozen layers that are on the other cards
-
-    @property
-    def host_bytes(self) -> int:
-        """Pinned host memory."""
-        return sum(self.host)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The value that `torch.cuda.max_memory_allocated` will show (on the CPU: the largest resident set)."""
-        return sum(self.by_category.values()) - self.paged_bytes
-
-    @property
-    def card_bytes(self) -> int:
-        """The memory that the card must have."""
-        return sum(self.by_category.values()) + self.outside_bytes
-
-
 def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Card) -> PeakMemory:
-    """The peak of a training step of the largest micro-batch."""
+    """The peak of a run: of a training step of the largest micro-batch, of an evaluation, or of its answers."""
     is_cpu = card.is_cpu
     host = host_memory(shape, knobs, work)
     slots, elsewhere = ring_bytes(shape, knobs), sharded_bytes(shape, knobs)
@@ -105,32 +56,64 @@ def footprint(shape: ModelShape, knobs: MemoryStrategy, work: Workload, card: Ca
         scales -= host.layers - their_weights
         weights -= elsewhere.weights
         scales -= elsewhere.scales
-    fixed = {
+    optimizer, paged = optimizer_bytes(shape, knobs)
+    fixed: dict[str, float] = {
         "weights": weights,
         "quantization_state": scales,
         "adapters": 4 * joined_weights(shape),
         "gradients": 4 * joined_weights(shape),
-        "optimizer": (optimizer := optimizer_bytes(shape, knobs))[0],
     }
-    peak = max(_moments(shape, knobs, work), key=lambda m: m.activations + m.logits)
-    moment, activations, logits = peak.name, peak.activations, peak.logits
-    workspace = _expansion_bytes(shape, knobs) + (0 if is_cpu else _library_bytes(card))
-    sizes = {**fixed, "activations": activations, "logits": logits, "workspace": workspace}
-    paged = optimizer[1]
-    if is_cpu:
-        evaluated = _evaluation_bytes(shape, work)
-        if evaluated > activations + logits:
-            sizes["activations"], sizes["logits"], moment = 0, evaluated, "evaluation"
-        sizes["activations"] += host.activations
-        alive = sum(sizes[name] for name in ("activations", "logits", "gradients", "optimizer"))
-        sizes["workspace"] += known.CPU_PROCESS_BYTES + (known.CPU_HEAP_SLACK - 1) * alive
-        paged = 0
-    used = sum(sizes.values())
+    library = 0 if is_cpu else _library_bytes(card)
+    of_cpu = host.activations if is_cpu else None
+    phases = []
+    for moment, has_optimizer in zip(_phases(shape, knobs, work), (True, True, False), strict=True):
+        state = {"optimizer": optimizer if has_optimizer else 0}  # it is gone when answers are generated
+        sizes, out = _sizes(fixed | state, moment, library, of_cpu), 0 if is_cpu or not has_optimizer else round(paged)
+        phases.append(_Phase(moment, sizes, out, round(sum(sizes.values())) - out if moment.size else 0))
+    most = max(phases, key=lambda phase: phase.peak_bytes)  # the first of equal ones: training
+    used = sum(most.sizes.values())
     outside = 0 if is_cpu else known.CONTEXT_BYTES + (known.FRAGMENTATION - 1) * used
     if work.ranks > 1 and not is_cpu:
         outside += known.NCCL_BYTES
-    by_category = {name: round(sizes[name]) for name in CATEGORIES}
-    return PeakMemory(by_category, moment, round(paged), round(outside), host, sum(elsewhere))
+    by_category = {name: round(most.sizes[name]) for name in CATEGORIES}
+    peaks = Peaks(*(phase.peak_bytes for phase in phases))
+    name = most.moment.name
+    return PeakMemory(by_category, name, most.paged_bytes, round(outside), host, peaks, sum(elsewhere))
+
+
+class _Phase(NamedTuple):
+    moment: Moment
+    sizes: dict[str, float]
+    paged_bytes: int
+    peak_bytes: int
+
+
+def _phases(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[Moment]:
+    """The largest moment of each phase of `Peaks`."""
+    a_weight = _bytes_unpacked(shape, knobs)
+    training = max(_moments(shape, knobs, work), key=lambda moment: moment.size)
+    unpacked = a_weight * max(linear.weights for linear in shape.linears)
+    if knobs.device == "cpu":
+        evaluation = evaluation_on_cpu(shape, work)._replace(unpacked=unpacked)
+    else:
+        evaluation = evaluation_moment(shape, work, a_weight)
+    return [training._replace(unpacked=unpacked), evaluation, answers_moment(shape, work, a_weight)]
+
+
+def _sizes(fixed: dict[str, float], moment: Moment, library_bytes: int, of_cpu: int | None) -> dict[str, float]:
+    """Bytes by category at a moment.
+
+    Args:
+        library_bytes: workspaces of cuBLAS.
+        of_cpu: on a CPU the inputs of layers that are offloaded, to the same memory; on a card None.
+    """
+    sizes = {**fixed, "activations": moment.activations, "logits": moment.logits}
+    sizes["workspace"] = library_bytes + moment.unpacked
+    if of_cpu is not None:
+        sizes["activations"] += of_cpu
+        alive = sum(sizes[name] for name in ("activations", "logits", "gradients", "optimizer"))
+        sizes["workspace"] += known.CPU_PROCESS_BYTES + (known.CPU_HEAP_SLACK - 1) * alive
+    return sizes
 
 
 class StoredBytes(NamedTuple):
@@ -248,13 +231,7 @@ def optimizer_bytes(shape: ModelShape, knobs: MemoryStrategy) -> tuple[int, int]
     return moments + scales, moments if is_paged else 0
 
 
-class _Moment(NamedTuple):
-    name: str
-    activations: float
-    logits: float
-
-
-def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_Moment]:
+def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[Moment]:
     """All candidates for the peak of a micro-batch: each layer while it runs, and the head."""
     b, t = work.rows, work.tokens
     first = shape.layers[0].output.at(b, t)  # output of the embedding; every layer's input has this size
@@ -269,7 +246,7 @@ def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_
     ]
     for number, one in enumerate(sizes):
         below.append(kept)
-        moments.append(_Moment("forward", kept + one.forward, 0.0))
+        moments.append(Moment("forward", kept + one.forward, 0.0))
         if number > last:
             kept += one.kept
         elif not knobs.is_offloaded or number in (0, last):
@@ -278,12 +255,12 @@ def _moments(shape: ModelShape, knobs: MemoryStrategy, work: Workload) -> list[_
     outside = shape.outside
     with_norm = kept + outside.kept.at(b, t) - first
     moments += [
-        _Moment("head", kept + outside.forward_peak.at(b, t) - first, 0.0),
-        _Moment("head", with_norm + _head_states(shape, work), logit_bytes(shape, work)),
-        _Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0),
-        _Moment("step", 4.0 * joined_weights(shape) if knobs.optim == "adamw_torch" else 0.0, 0.0),
+        Moment("head", kept + outside.forward_peak.at(b, t) - first, 0.0),
+        Moment("head", with_norm + _head_states(shape, work), logit_bytes(shape, work)),
+        Moment("backward", with_norm + outside.backward_extra.at(b, t), 0.0),
+        Moment("step", 4.0 * joined_weights(shape) if knobs.optim == "adamw_torch" else 0.0, 0.0),
     ]
-    moments += [_Moment("backward", kept + one.backward, 0.0) for kept, one in zip(below, sizes, strict=True)]
+    moments += [Moment("backward", kept + one.backward, 0.0) for kept, one in zip(below, sizes, strict=True)]
     return moments
 
 
@@ -338,21 +315,11 @@ def logit_bytes(shape: ModelShape, work: Workload) -> float:
     return max(first * alone, first * (among_others - alone) + second * alone) * shape.vocab_size
 
 
-def _evaluation_bytes(shape: ModelShape, work: Workload) -> float:
-    """Bytes of the logits of an evaluation pass: as computed, in float32, and their softmax."""
-    chunk = max(1, shape.max_chunk_logits // shape.vocab_size)
-    tokens = min(chunk, work.eval_batch[0] * work.eval_batch[1] * work.supervised_share)
-    copies = 3 if shape.dtype_bytes == 4 else 2.5
-    one_layer = shape.layers[0].forward_peak.at(*work.eval_batch)
-    return max(tokens * shape.vocab_size * 4 * copies, one_layer)
-
-
-def _expansion_bytes(shape: ModelShape, knobs: MemoryStrategy) -> float:
-    """Bytes of one NF4 weight unpacked for a product: the weight, and its scales in float32."""
+def _bytes_unpacked(shape: ModelShape, knobs: MemoryStrategy) -> float:
+    """Bytes of a weight that is unpacked for a product, with its part of the scales in float32; 0: none is."""
     if knobs.base_precision != "nf4" or knobs.has_dequantized_copy:
         return 0.0
-    widest = max(linear.weights for linear in shape.linears)
-    return widest * (shape.dtype_bytes + 4 / NF4_BLOCK)
+    return shape.dtype_bytes + 4 / NF4_BLOCK
 
 
 def _library_bytes(card: Card) -> int:

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,16 +39,13 @@ from solotune.model.layers import decoder_layers, language_model
 from solotune.model.tied_weights import different_ties, untie
 from solotune.model.weight_files import weight_files
 from solotune.model.weights import match_names
-from solotune.planning.curve_fit import LayerProfile, PassCounts, fit
+from solotune.planning.curve_fit import LENGTHS, ROWS, LayerProfile, PassCounts, fit
+from solotune.planning.idle_layers import idle_layers, returns_tuple
 from solotune.planning.layer_profile import LayerCost, Linear, ModelShape, Pass, Polynomial
 from solotune.planning.profile_compiled import look_compiled
 from solotune.planning.profile_eager import look_eager, metered
+from solotune.planning.profile_evaluation import evaluation_pass, layer_moments
 from solotune.runtime import signals
-
-LENGTHS = (512, 1024, 2048)
-"""Lengths (tokens) at which a layer is profiled: long enough that no weight is as small as an activation."""
-ROWS = 2
-"""Rows of a profiled batch: with one row some architectures skip a copy that they make for several."""
 
 
 def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> ModelShape:
@@ -80,6 +78,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
         module.train()
         costs = _layer_costs(module, layers, config.torch_compile, absent)
         outside = _outside_or_estimated(module, layers, attention)
+        evaluation = evaluation_pass(module, layers, has_causal_mask=attention != "sdpa")
         logit_bytes = (2 * dtype.itemsize, 3 * dtype.itemsize) if config.torch_compile else _eager_logits(module, dtype)
     heads = getattr(text, "num_attention_heads", None) or 1
     return ModelShape(
@@ -99,6 +98,7 @@ def model_shape(config: RunConfig, model_files: ModelFiles | None = None) -> Mod
         dtype_bytes=dtype.itemsize,
         is_compiled=config.torch_compile,
         layer_linears=tuple(_counted(module, set(lora_layers), within=set(layer.modules())) for layer in layers),
+        evaluation=evaluation,
         embedding_parameters=table.weight.numel() if (table := own_embedding(module)) is not None else 0,
         coverage=coverage,
     )
@@ -197,7 +197,7 @@ def _calls(
         args = tuple(None if place in absent else value for place, value in enumerate(args))
         caught.append((args, {name: None if name in absent else value for name, value in kwargs.items()}))
 
-    with _idle(layers, _gives_tuple(module, layers), catch), torch.no_grad():
+    with idle_layers(layers, returns_tuple(module, layers), catch), torch.no_grad():
         module.base_model(input_ids=torch.zeros(ROWS, tokens, dtype=torch.int64), use_cache=False)
     return caught
 
@@ -237,52 +237,6 @@ def _replace_tensors(module: nn.Module, parameter: _Replace, buffer: _Replace) -
                 part._buffers[name] = buffer(old)
 
 
-@contextmanager
-def _idle(layers: nn.ModuleList, gives_tuple: bool, seen: Any = None) -> Iterator[None]:
-    """Within the block the layers return their input unchanged; `seen` gets the arguments of each call.
-
-    The output of the first layer requires a gradient, as it would with adapters.
-    """
-
-    def stub(layer: nn.Module) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            x = args[0] if args else kwargs["hidden_states"]
-            if seen is not None:
-                seen(args, dict(kwargs))
-            elif layer is layers[0]:
-                x = x.detach().requires_grad_()
-            return (x,) if gives_tuple else x
-
-        return run
-
-    for layer in layers:
-        layer.forward = stub(layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-class _Enough(Exception):
-    """Stops the model after its first layer."""
-
-
-def _gives_tuple(module: PreTrainedModel, layers: nn.ModuleList) -> bool:
-    """Whether a layer of this architecture returns more than its hidden states."""
-    found: list[bool] = []
-
-    def look(_: nn.Module, __: Any, result: Any) -> None:
-        found.append(isinstance(result, tuple))
-        raise _Enough
-
-    handle = layers[0].register_forward_hook(look)
-    with torch.no_grad(), contextlib.suppress(_Enough, RuntimeError):
-        module.base_model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
-    handle.remove()
-    return bool(found and found[0])
-
-
 def _cost(layer: nn.Module, calls: dict[int, _Call], is_compiled: bool) -> LayerCost:
     shapes = {m.storage.shape for m in layer.modules() if isinstance(m, FrozenLinear)}
 
@@ -297,7 +251,8 @@ def _cost(layer: nn.Module, calls: dict[int, _Call], is_compiled: bool) -> Layer
             looks.append((tokens, look(layer, *calls[tokens], is_frozen)))
     except Exception:  # operations of this architecture do not work on fake tensors
         return estimated(layer, calls[LENGTHS[0]][0][0], is_compiled)
-    return fit(looks, ROWS, "compiled" if is_compiled else "eager")
+    cost = fit(looks, ROWS, "compiled" if is_compiled else "eager")
+    return replace(cost, evaluation=layer_moments(layer, calls, is_frozen))
 
 
 def estimated(layer: nn.Module, x: torch.Tensor, is_compiled: bool) -> LayerCost:
@@ -334,10 +289,10 @@ def _outside_or_estimated(module: PreTrainedModel, layers: nn.ModuleList, attent
 def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> LayerCost:
     """The cost of embedding and last norm: the model with layers that do nothing."""
     looks = []
-    gives_tuple = _gives_tuple(module, layers)
+    gives_tuple = returns_tuple(module, layers)
     for tokens in LENGTHS:
         ids = torch.zeros(ROWS, tokens, dtype=torch.int64)
-        with _idle(layers, gives_tuple), metered() as meter:
+        with idle_layers(layers, gives_tuple), metered() as meter:
             hidden = module.base_model(input_ids=ids, use_cache=False).last_hidden_state
             kept, forward_peak, work = meter.now, meter.most, meter.work
             meter.work = PassCounts()
@@ -353,8 +308,8 @@ def _outside(module: PreTrainedModel, layers: nn.ModuleList, attention: str) -> 
         def linear(growth: Polynomial) -> Polynomial:
             return growth._replace(per_token_squared=0.0)
 
-        fields = {name: linear(getattr(cost, name)) for name in ("kept", "forward_peak", "backward_extra")}
-        cost = LayerCost(**fields, output=cost.output, forward=cost.forward, backward=cost.backward, how="eager")
+        kept, forward, backward = map(linear, (cost.kept, cost.forward_peak, cost.backward_extra))
+        cost = replace(cost, kept=kept, forward_peak=forward, backward_extra=backward)
     return cost
 
 

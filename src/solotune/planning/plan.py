@@ -10,7 +10,7 @@ from solotune.errors import CheckError
 from solotune.model.adapter_coverage import AdapterCoverage
 from solotune.planning.gpus import CARDS, Card
 from solotune.planning.layer_profile import MemoryStrategy, Workload
-from solotune.planning.memory import PeakMemory
+from solotune.planning.peak_memory import PeakMemory
 from solotune.planning.throughput import Seconds
 from solotune.result_repr import ResultRepr, Table
 from solotune.units import format_bytes, format_duration, format_rate, format_step_time
@@ -175,6 +175,7 @@ class Plan(ResultRepr):
     def tables(self) -> list[Table]:
         used = self.option.footprint
         memory = [(name.replace("_", " "), format_bytes(size)) for name, size in used.by_category.items()]
+        memory += [(f"peak of {name}", format_bytes(size)) for name, size in used.other_peaks()]
         memory += [(name, format_bytes(size)) for name, size in self.host_memory()]
         choices = [(choice.key, value_in_words(choice.value), choice.because) for choice in self.choices]
         findings = [(f"{one['code']} {one['slug']}", one["message"], one["fix"]) for one in self.findings or ()]
@@ -194,6 +195,7 @@ class Plan(ResultRepr):
             "peak_bytes": used.peak_bytes,
             "card_bytes": used.card_bytes,
             "peak_at": used.moment,
+            "peaks": used.peaks._asdict(),
             "by_category": used.by_category,
             "budget_bytes": self.budget.bytes,
             "host_bytes": used.host_bytes,

@@ -18,6 +18,7 @@ import numpy as np
 from solotune.config.run_config import RunConfig
 from solotune.config.settings import BatchSettings, EvaluationSettings
 from solotune.dataset import Prepared
+from solotune.dataset.collate import num_labels
 from solotune.dataset.example import lengths_of
 from solotune.dataset.sampler import BatchSampler, deal, pack_sequences
 from solotune.hardware import link, several_gpus
@@ -32,6 +33,7 @@ from solotune.planning.plan import Plan
 from solotune.planning.planner import full_rows
 
 MAX_COUNTED_MICRO_BATCHES = 20_000
+MAX_READ_ROWS = 256
 
 
 def plan_for(
@@ -66,7 +68,7 @@ def plan_for(
 
     def work(config: RunConfig) -> Workload:
         if prepared is None:
-            return replace(full_rows(config.batches, positions), local_ranks=local)
+            return replace(_assumed(config, positions), local_ranks=local)
         return replace(work_of(config.batches, config.evaluation, prepared), local_ranks=local)
 
     notes = []
@@ -126,6 +128,16 @@ def shapes_of(model_files: ModelFiles | None = None) -> Callable[[RunConfig], Mo
     return shape
 
 
+def _assumed(config: RunConfig, max_positions: int | None) -> Workload:
+    """The work where the data is not known: full rows, in evaluations and as prompts too."""
+    work, evaluation = full_rows(config.batches, max_positions), config.evaluation
+    if not config.validation_size and config.eval_dataset is None:
+        return work
+    together = min(evaluation.batch_size, evaluation.num_answers)
+    answers = (together, work.tokens, evaluation.max_new_tokens)
+    return replace(work, eval_batch=(evaluation.batch_size, work.tokens), answers=answers)
+
+
 def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Prepared) -> Workload:
     """The work of a step, counted on the micro-batches that training will draw."""
     lengths = np.asarray(lengths_of(prepared.train))
@@ -145,6 +157,7 @@ def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Pr
     held_out = sorted(lengths_of(prepared.validation))
     every = evaluation.every(schedule.steps_per_epoch)
     answer = min(evaluation.max_new_tokens, tokens["supervised"] / max(1, len(lengths) + len(held_out)))
+    labels, prompt = _longest_held_out(prepared)
     return Workload(
         rows=rows,
         tokens=max(longest) if is_whole else max(longest[0] if batches.packing else 0, int(sizes.max())),
@@ -158,12 +171,22 @@ def work_of(batches: BatchSettings, evaluation: EvaluationSettings, prepared: Pr
             {*range(every or schedule.total_steps, schedule.total_steps + 1, every or 1)} | {schedule.total_steps}
         ),
         eval_batch=(min(evaluation.batch_size, len(held_out)), max(held_out, default=0)),
+        eval_labels=labels,
+        answers=(min(evaluation.batch_size, evaluation.num_answers, len(held_out)), prompt, evaluation.max_new_tokens),
         generated_tokens=round(min(evaluation.num_answers, len(held_out)) * (evaluation.max_new_tokens + answer)),
         has_one_shape=batches.packing and batches.takes_graphs,
         is_measured=True,
         ranks=batches.ranks,
         local_ranks=batches.ranks,
     )
+
+
+def _longest_held_out(prepared: Prepared) -> tuple[int, int]:
+    """The most labels of a held-out row, and the tokens of the longest prompt; of the longest rows, as far as read."""
+    order = np.argsort(-np.asarray(lengths_of(prepared.validation)), kind="stable")[:MAX_READ_ROWS]
+    rows = [prepared.validation[int(row)] for row in order]
+    prompts = [len(row.prompt_ids) or len(row.input_ids) // 2 for row in rows]
+    return max(map(num_labels, rows), default=0), max(prompts, default=0)
 
 
 def _computed(step: Sequence[Sequence[int]], sizes: np.ndarray, batches: BatchSettings) -> Iterator[tuple[int, float]]:

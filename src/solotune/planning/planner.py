@@ -6,6 +6,7 @@
     the first precision for which one fits is taken
     if none fits, frozen layers are streamed from the host, as few as needed or the fastest number; or, where several
     ranks share a machine, each card holds a part of every layer (sharding): whichever is the fastest that fits
+    the fastest is looked for with one row in an evaluation pass, which then gets as many as fit (`eval_batch`)
     where layers are copied in each pass, a micro-batch may have more rows, at the same rows a step (`micro_batch`)
 
 A key that the config sets is kept; only `auto` is chosen. If nothing fits, the plan suggests the smallest change to the
@@ -25,15 +26,17 @@ from itertools import product
 from typing import NamedTuple, get_args
 
 from solotune.config.run_config import BUDGET_SIZE, Choice, RunConfig
-from solotune.config.settings import MICRO_BATCH, BatchSettings, MemorySettings
+from solotune.config.settings import EVAL_ROWS, MICRO_BATCH, BatchSettings, MemorySettings
 from solotune.errors import InputError
 from solotune.model.limits import offloaded_layers
 from solotune.planning.choices import choices, chosen_values, notes
 from solotune.planning.constants import CONTEXT_BYTES
+from solotune.planning.eval_batch import eval_changes, eval_choices, fewest_rows, with_fewest_rows, with_most_rows
 from solotune.planning.gpus import GIB, Card
 from solotune.planning.layer_profile import MemoryStrategy, ModelShape, Precision, Workload
 from solotune.planning.memory import footprint
 from solotune.planning.micro_batch import Workloads, larger_micro_batch
+from solotune.planning.peak_memory import PeakMemory
 from solotune.planning.plan import SHARE_OF_CARD, Budget, Candidate, Plan, Ranks
 from solotune.planning.throughput import seconds
 from solotune.units import format_bytes
@@ -86,7 +89,8 @@ def make_plan(
     shape = shapes(resolved)
     remarks += notes(shape, work, option, card, budget)
     chosen = [*choices(config, option, card, shape, fits), *sizes]
-    changes, changed = ([], None) if fits else _suggestion(config, shapes, card, work, budget)
+    chosen += eval_choices(config, resolved, option, shape, work, card, fits)
+    changes, changed = ([], None) if fits else _suggestion(config, shapes, card, work, budget, option.footprint)
     ranks = Ranks.of(work)
     return Plan(card, budget, option, fits, chosen, remarks, changes, changed, resolved, shape.coverage, ranks=ranks)
 
@@ -150,26 +154,27 @@ def _best(
 ) -> tuple[Candidate, RunConfig, bool]:
     """The fastest option that fits, else the one that lacks the least memory; its config; whether it fits."""
     smallest: tuple[tuple[bool, int], Candidate, RunConfig] | None = None
-    settings = config.memory
+    settings, least = config.memory, with_fewest_rows(config.memory, work)
     for precision, offloads in _attempts(settings, card, work.local_ranks):
         resolved = config if precision == config.base_precision else config.replaced("plan", base_precision=precision)
         shape = shapes(resolved)
         sized = [
-            (knobs, footprint(shape, knobs, work, card))
+            (knobs, footprint(shape, knobs, least, card))
             for offload in offloads
             for knobs in _knobs(resolved.memory, shape, card, offload, work.local_ranks)
         ]
         if not sized:
             continue
         if fitting := [(knobs, used) for knobs, used in sized if budget.holds(used)]:
-            options = [Candidate(knobs, used, seconds(shape, knobs, work, card)) for knobs, used in fitting]
-            best = _fastest(options)
-            return best, resolved.replaced("plan", **chosen_values(config, best.knobs, len(shape.layers))), True
+            options = [Candidate(knobs, used, seconds(shape, knobs, least, card)) for knobs, used in fitting]
+            best, rows = with_most_rows(settings, _fastest(options), shape, work, card, budget)
+            return best, resolved.replaced("plan", **chosen_values(config, best.knobs, len(shape.layers)), **rows), True
         knobs, used = min(sized, key=lambda one: budget.lack(one[1]))
         lack = budget.lack(used)
         if smallest is None or lack < smallest[0]:
-            chosen = resolved.replaced("plan", **chosen_values(config, knobs, len(shape.layers)))
-            smallest = lack, Candidate(knobs, used, seconds(shape, knobs, work, card)), chosen
+            values = chosen_values(config, knobs, len(shape.layers)) | fewest_rows(settings, work)
+            chosen = resolved.replaced("plan", **values)
+            smallest = lack, Candidate(knobs, used, seconds(shape, knobs, least, card)), chosen
     assert smallest is not None
     return *smallest[1:], False
 
@@ -257,9 +262,13 @@ def _knobs(
 
 
 def _suggestion(
-    config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget
+    config: RunConfig, shapes: Shapes, card: Card, work: Workload, budget: Budget, used: PeakMemory
 ) -> tuple[list[tuple[str, object]], Plan | None]:
-    """The nearest config that fits: a single change if one is enough, else several together."""
+    """The nearest config that fits: a single change if one is enough, else several together.
+
+    Args:
+        used: of the option that lacks the least memory.
+    """
 
     def plan_with(values: dict[str, object]) -> Plan | None:
         changed, other = config.replaced("change", **values), work
@@ -268,13 +277,17 @@ def _suggestion(
             other = replace(other, rows=rows, accumulation=accumulation)
         if "max_length" in values:
             tokens = changed.max_length
-            other = replace(other, tokens=tokens, mean_tokens=min(work.mean_tokens, tokens))
+            other = replace(other, tokens=tokens, mean_tokens=min(work.mean_tokens, tokens)).with_eval_tokens(tokens)
+        if EVAL_ROWS in values:
+            other = other.with_eval_rows(changed.per_device_eval_batch_size)
+        if "max_new_tokens" in values:
+            other = replace(other, answers=(*other.answers[:2], changed.max_new_tokens))
         option, resolved, fits = _best(changed, shapes, card, other, budget)
         if not fits:
             return None
         return Plan(card, budget, option, True, [], [], [], None, resolved)
 
-    singles = list(_changes(config.memory, work, card))
+    singles = [*eval_changes(config.memory, work, used, budget), *_changes(config.memory, work, card)]
     for values in singles:
         if plan := plan_with(values):
             return list(values.items()), plan

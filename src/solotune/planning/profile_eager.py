@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,6 +14,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from solotune.planning.curve_fit import MATMULS, IsFrozen, LayerProfile, PassCounts, first
+
+
+class Trace(NamedTuple):
+    """What is known after one operation."""
+
+    size: float  # bytes of all tensors that are alive
+    weights: int  # of the base matrix that it has multiplied
+    is_attention: bool
 
 
 class _Meter(TorchDispatchMode):
@@ -24,6 +32,7 @@ class _Meter(TorchDispatchMode):
         self.now = self.most = 0.0
         self.is_frozen = is_frozen
         self.work = PassCounts()
+        self.moments: list[Trace] = []
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,9 +66,12 @@ class _Meter(TorchDispatchMode):
         size = sum(t.numel() * t.element_size() for t in (*inputs, *fresh))
         self.work.num_kernels += 1
         shapes = [tuple(t.shape) for t in inputs if t.dim() > 1][-2:]
-        if name in MATMULS and len(shapes) == 2:
+        is_matmul = name in MATMULS and len(shapes) == 2
+        is_frozen = is_matmul and self.is_frozen(*shapes[1][-2:])
+        self.moments.append(Trace(self.now, math.prod(shapes[1]) if is_frozen else 0, "attention" in name))
+        if is_matmul:
             flops = 2.0 * math.prod(shapes[0]) * shapes[1][-1]
-            self.work.matmuls.append((flops, size, self.is_frozen(*shapes[1][-2:])))
+            self.work.matmuls.append((flops, size, is_frozen))
         elif "attention" not in name:
             self.work.other_bytes += size
 

@@ -66,10 +66,14 @@ class Preflight:
     gradient_error: float | None  # compiled against uncompiled, relative to its norm; None: not compared
     free_bytes: int | None  # free on the card, without what this process has reserved
 
-    def in_words(self, planned_bytes: int) -> str:
+    def in_words(self, planned_bytes: int, planned_evaluation_bytes: int = 0) -> str:
+        """What was measured, beside what the plan said of a step and of an evaluation."""
         text = f"preflight: the largest step ({self.rows} rows, {self.places:,} tokens with padding) needed "
         text += f"{format_bytes(self.peak_bytes)} ({format_bytes(planned_bytes)} planned)"
         text += f" and {self.step_seconds:.2f} s ({self.first_step_seconds:.0f} s the first time)"
+        if self.evaluation_peak_bytes:
+            planned = f" ({format_bytes(planned_evaluation_bytes)} planned)" if planned_evaluation_bytes else ""
+            text += f"; an evaluation {format_bytes(self.evaluation_peak_bytes)}{planned}"
         if self.gradient_error is not None:
             text += f"; compiled and uncompiled gradients differ by {self.gradient_error:.1%}"
         return text + (
@@ -91,7 +95,7 @@ def preflight(
         folder: a test checkpoint is written there and removed again; None: it is not tried.
 
     Raises:
-        CheckError: the step does not fit on the card, or compiled layers have a wrong gradient.
+        CheckError: the step or an evaluation does not fit on the card, or compiled layers have a wrong gradient.
         StorageError: a checkpoint cannot be written there.
     """
     batch = largest_micro_batch(model, train_rows, config.batches)
@@ -101,25 +105,22 @@ def preflight(
         loaded = device_memory.allocated_bytes(model.device)
         started = time.perf_counter()
         runner = MicroBatchRunner(model, config.takes_graphs)
-        optimizer_bytes = _step(runner, batch, config.optimizer, folder)
+        spare = _spare_optimizer(model, config.optimizer)
+        optimizer_bytes = _step(runner, batch, spare, config.max_grad_norm, folder)
         first = time.perf_counter() - started
         peak = device_memory.peak_bytes(model.device)
         gradient_error = _check_compiler(model, batch, config.multiplies_in_fp8) if config.torch_compile else None
         if runner.can_record:
-            _step(runner, batch, config.optimizer, None)
+            _step(runner, batch, spare, config.max_grad_norm, None)
         started = time.perf_counter()
-        _step(runner, batch, config.optimizer, None)
+        _step(runner, batch, spare, config.max_grad_norm, None)
         second = time.perf_counter() - started
         runner.release()
-        device_memory.reset_peak_bytes(model.device)
-        longest = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")[
-            : config.per_device_eval_batch_size
-        ]
-        if len(validation_rows):
-            scores.score(model, [validation_rows[i] for i in longest], len(longest))
-        evaluation_peak = device_memory.peak_bytes(model.device)
+        evaluation_peak = _evaluate(model, validation_rows, config)  # beside the optimizer's state, as in the run
     except torch.OutOfMemoryError as error:
-        raise _does_not_fit(error, batch, smaller_settings(config.memory, "training", None)) from error
+        shape = (batch.input_ids_BT.shape[0], batch.input_ids_BT.shape[1])
+        changes = smaller_settings(config.memory, "training", None)
+        raise _does_not_fit(error, "the largest step", shape, changes) from error
     finally:
         model.zero_gradients()
         checkpoint.restore_random(random)
@@ -147,20 +148,46 @@ def largest_micro_batch(model: TrainableModel, train_rows: Sequence[Example], ba
     return collate_packs([[train_rows[row] for row in packs[i]] for i in longest], model.device, shape)
 
 
-def _step(runner: MicroBatchRunner, batch: Batch, settings: OptimizerSettings, folder: Path | None) -> int:
-    """Run one optimizer step that changes nothing, and save a checkpoint of it; the bytes of the optimizer's state."""
-    model = runner.model
-    before = device_memory.allocated_bytes(model.device)
+def _spare_optimizer(model: TrainableModel, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """An optimizer whose steps change nothing."""
     spare = make_optimizer(settings, [model.flat_params])
     for group in spare.param_groups:
         group["lr"] = 0.0  # and with it AdamW's weight decay
+    return spare
+
+
+def _step(
+    runner: MicroBatchRunner, batch: Batch, spare: torch.optim.Optimizer, max_grad_norm: float, folder: Path | None
+) -> int:
+    """Run one optimizer step that changes nothing, and save a checkpoint of it; the bytes that it leaves allocated."""
+    model = runner.model
+    before = device_memory.allocated_bytes(model.device)
     model.module.train()
-    loop.train_step(model, [batch], spare, settings.max_grad_norm, runner=runner)
-    optimizer_bytes = device_memory.allocated_bytes(model.device) - before
+    loop.train_step(model, [batch], spare, max_grad_norm, runner=runner)
+    left_bytes = device_memory.allocated_bytes(model.device) - before
     if folder is not None:
         with storage_errors(folder), tempfile.TemporaryDirectory(prefix=PREFLIGHT, dir=folder) as scratch:
             checkpoint.save(Path(scratch), 0, lora.state_dict(model.lora_layers), {}, spare, {})
-    return optimizer_bytes
+    return left_bytes
+
+
+def _evaluate(model: TrainableModel, validation_rows: Sequence[Example], config: RunConfig) -> int:
+    """Evaluate the longest held-out rows together; the peak in bytes.
+
+    Raises:
+        CheckError: they do not fit on the card.
+    """
+    device_memory.reset_peak_bytes(model.device)
+    order = np.argsort(-np.asarray(lengths_of(validation_rows)), kind="stable")
+    longest = [validation_rows[row] for row in order[: config.per_device_eval_batch_size]]
+    if longest:
+        try:
+            scores.score(model, longest, len(longest))
+        except torch.OutOfMemoryError as error:
+            changes = smaller_settings(config.memory, "evaluating", None)
+            tokens = max(lengths_of(longest))
+            raise _does_not_fit(error, "an evaluation", (len(longest), tokens), changes) from error
+    return device_memory.peak_bytes(model.device)
 
 
 def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float | None:
@@ -197,12 +224,11 @@ def _check_compiler(model: TrainableModel, batch: Batch, in_fp8: bool) -> float 
     return error
 
 
-def _does_not_fit(error: torch.OutOfMemoryError, batch: Batch, changes: list[str]) -> CheckError:
+def _does_not_fit(error: torch.OutOfMemoryError, what: str, shape: tuple[int, int], changes: list[str]) -> CheckError:
     memory = gpu_memory()
-    longest = batch.input_ids_BT.shape[1]
     held = f"; {format_bytes(memory.outside)} of the card are used outside this process" if memory else ""
     return CheckError(
-        "preflight: the largest step of this run does not fit in GPU memory",
-        seen=f"{batch.input_ids_BT.shape[0]} x {longest:,} tokens: {first_line(error)}{held}",
+        f"preflight: {what} of this run does not fit in GPU memory",
+        seen=f"{shape[0]} x {shape[1]:,} tokens: {first_line(error)}{held}",
         change=" or ".join(changes[:2]),
     )
