@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -87,6 +88,42 @@ preflight: the largest step of this run does not fit in GPU memory
   change:  per_device_train_batch_size: 2 with gradient_accumulation_steps: 16 (same rows per step) or gradient_checkpointing: true\
 """)
     assert caught.value.exit_code == 3
+
+
+def test_an_evaluation_that_does_not_fit_names_its_own_key(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config(per_device_eval_batch_size=4)
+    model = load_model(config, CPU, torch.float32)
+
+    def full(*_, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
+
+    monkeypatch.setattr(preflight.scores, "score", full)
+    with pytest.raises(CheckError) as caught:
+        preflight.preflight(model, ROWS, ROWS[:2], config, tmp_path)
+    tokens = max(len(row.input_ids) for row in ROWS[:2])
+    assert "preflight: an evaluation of this run does not fit in GPU memory" in str(caught.value)
+    assert f"2 x {tokens} tokens: " in str(caught.value)
+    assert "per_device_eval_batch_size: 2" in str(caught.value)
+
+
+def test_it_evaluates_beside_the_state_of_the_optimizer(tiny_config, tmp_path, monkeypatch):
+    config, made, alive = tiny_config(), [], []
+    make, score = preflight.make_optimizer, preflight.scores.score
+
+    def remembered(*given):
+        optimizer = make(*given)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    def scored(*given):
+        alive.extend(bool(ref() and ref().state) for ref in made)
+        return score(*given)
+
+    monkeypatch.setattr(preflight, "make_optimizer", remembered)
+    monkeypatch.setattr(preflight.scores, "score", scored)
+    report = preflight.preflight(load_model(config, CPU, torch.float32), ROWS, ROWS[:2], config, tmp_path)
+    assert alive == [True]
+    assert "; an evaluation " in (words := report.in_words(1 << 30, 3 << 30)) and "(3.0 GiB planned)" in words
 
 
 def test_a_folder_that_takes_no_checkpoint_is_told_before_the_run(tiny_config, tmp_path):

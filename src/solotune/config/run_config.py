@@ -229,7 +229,7 @@ class RunConfig(BaseModel):
     eval_steps: PositiveInt | None = _in("evaluation", default=None)
     """Evaluate every N steps; implies `eval_strategy: steps`."""
     per_device_eval_batch_size: SmallPositiveInt = _in("evaluation", default=8)
-    """Rows per evaluation pass."""
+    """Rows per evaluation pass. If you leave it out, the plan takes fewer where 8 do not fit; losses are the same."""
     num_samples: int = _in("evaluation", default=3, ge=0, le=65_536)
     """Number of held-out prompts that the base and the tuned model answer, for you to read."""
     max_new_tokens: int = _in("evaluation", default=128, ge=1, le=10_000_000)

@@ -57,9 +57,11 @@ def eval_choices(
     because = "it needs the least memory"
     if fits:
         peaks = footprint(shape, option.knobs, work, card).peaks
-        what = "an evaluation" if peaks.evaluation >= peaks.answers else "generating answers"
+        what, together = "an evaluation", work.eval_batch[0]
+        if peaks.answers > peaks.evaluation:
+            what, together = "generating answers", work.answers[0]
         needed = format_bytes(max(peaks.evaluation, peaks.answers))
-        because = f"{what} with {work.eval_batch[0]} rows at a time would need {needed}; the losses are the same"
+        because = f"{what} with {together} rows at a time would need {needed}; the losses are the same"
     return [Choice(EVAL_ROWS, rows, because)]
 
 
