@@ -76,6 +76,7 @@ def environment_section(record: RunRecord) -> Section:
         ("CPU", f"{text(found, 'cpu')}, {in_words(found.get('num_cpus'))} cores"),
         ("Memory", "" if ram is None else format_bytes(ram) + (f", {format_bytes(free)} free" if free else "")),
         ("GPU", (gpu + (f", {format_bytes(memory)}" if memory else "")) if gpu else "none"),
+        ("Ranks", record.ranks_in_words() if record.has_several_ranks else ""),
         ("Driver", text(found, "driver")),
         ("CUDA", text(found, "cuda_runtime")),
     ]
