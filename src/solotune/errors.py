@@ -254,7 +254,7 @@ def _launched_program() -> str:
     ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
     if not ranks.isdecimal() or int(ranks) < 2 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return program()
-    nodes = "" if ranks == here else f"--nnodes={int(ranks) // int(here or 1)} [...] "
+    nodes = "--standalone " if ranks == here else f"--nnodes={int(ranks) // int(here or 1)} [...] "
     return f"torchrun {nodes}--nproc-per-node={here} -m solotune"
 
 

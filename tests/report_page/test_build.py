@@ -244,7 +244,7 @@ def test_a_run_of_several_ranks_says_so(tmp_path: Path) -> None:
     assert "12 steps on 2 ranks" in build_page(run)
     tables = {block.caption: block.rows for section in run_page(run).sections for block in section.blocks
               if block.kind == "table"}  # fmt: skip
-    assert ("Ranks", "2") in tables["Machine"]
+    assert {("Ranks", "2"), ("Memory", "16.0 GiB for each rank")} <= set(tables["Machine"])
     names = [row[0] for row in tables["Planned and measured"]]
     assert "Peak memory of rank 0" in names and "Tokens per second of all ranks, median" in names
     resumed = write_run(tmp_path / "resumed", logged=[several, ResumeEvent(6, False, [], []), *events()[1:]])
