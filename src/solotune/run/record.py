@@ -125,6 +125,12 @@ class RunRecord:
     def has_several_ranks(self) -> bool:
         return self.ranks[-1][1] > 1 or len(self.ranks) > 1
 
+    @property
+    def launched(self) -> tuple[int, int]:
+        """Ranks as last started: how many, and how many of them on each machine (all, if the plan does not say)."""
+        size, local = self.ranks[-1][1], number_in(self.plan, "predicted", "ranks", "on_one_machine")
+        return size, int(local) if local and 1 <= local <= size else size
+
     def ranks_in_words(self) -> str:
         """`2`, or for a run that went on with other ones: `4, then 2 from step 11 on`."""
         (_, first), *later = self.ranks
