@@ -241,20 +241,26 @@ def program() -> str:
     return str(beside.relative_to(Path.cwd()) if is_below else beside)
 
 
-def resume_command(run: object) -> str:
+def resume_command(run: object, ranks: tuple[int, int] = (1, 1)) -> str:
     """The command that continues a run, in a notebook the call. It uses the config saved in the run; the user's may
-    have changed since."""
+    have changed since.
+
+    Args:
+        ranks: of a run of other processes: how many, and how many of them on each machine.
+    """
     if in_notebook():
         return f'solotune.train("{run}/config.yaml", output_dir="{run}", resume=True)'
-    return f"{_launched_program()} train {run}/config.yaml output_dir={run} --resume"
+    return f"{_launched_program(*ranks)} train {run}/config.yaml output_dir={run} --resume"
 
 
-def _launched_program() -> str:
-    """How this program was started to train: by torchrun, if it was."""
-    ranks, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
-    if not ranks.isdecimal() or int(ranks) < 2 or "TORCHELASTIC_RUN_ID" not in os.environ:
+def _launched_program(ranks: int, here: int) -> str:
+    """How this program was started to train: by torchrun, if this process or the run has several ranks."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdecimal() and int(size) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        ranks, here = int(size), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if ranks < 2:
         return program()
-    nodes = "" if ranks == here else f"--nnodes={int(ranks) // int(here or 1)} [...] "
+    nodes = "--standalone " if ranks == here else f"--nnodes={ranks // here} [...] "
     return f"torchrun {nodes}--nproc-per-node={here} -m solotune"
 
 

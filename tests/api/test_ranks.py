@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import Ranks, environment
+from safetensors.torch import load_file
 from tiny import metrics_of, random_rows, save_model, save_tokenizer
 
 import solotune
@@ -28,10 +29,12 @@ from solotune.cli import commands
 from solotune.cli.main import main
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
-from solotune.errors import InputError, IntegrityError, RankError
+from solotune.errors import InputError, IntegrityError, RankError, program, resume_command
 from solotune.model import layers
 from solotune.model.layer_ring import LayerRing
 from solotune.model.sharded_blocks import ShardedBlock, SharedBase
+from solotune.run.history import history_of
+from solotune.run.record import RunRecord
 from solotune.run.run_dir import RunDirectory
 from solotune.runtime import heartbeat
 from solotune.runtime.world import ALONE, World
@@ -120,6 +123,43 @@ def test_two_ranks_are_one_with_twice_the_rows(keys, parts, tmp_path: Path) -> N
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
+EARLY = {"packing": False, "max_steps": 200, "eval_steps": 4, "save_steps": 4, "learning_rate": 3e-2,
+         "gradient_accumulation_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True,
+         "save_total_limit": 2}  # fmt: skip
+
+
+def test_an_early_stop_is_that_of_one_rank(keys, tmp_path: Path) -> None:
+    """The best adapter is that of an earlier step, and is what stays."""
+    keys |= EARLY
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 4})
+    one = as_figures(tmp_path / "alone")
+    assert one["stopped"] < 200 and one["best"] < one["stopped"]
+    ranks = train_as(2, {**keys, "per_device_train_batch_size": 2}, tmp_path)
+    assert ranks.ends() == [0, 0], ranks.said(0) + ranks.said(1)
+    assert as_figures(tmp_path / "run") == pytest.approx(one, rel=1e-4)
+    assert f"stopped early after step {one['stopped']} of 200" in ranks.said(0)
+    assert f"the adapter of step {one['best']} is kept" in ranks.said(0)
+    assert distance(*(tmp_path / name / "adapter" for name in ("run", "alone"))) < 1e-3
+
+
+def as_figures(run: Path) -> dict[str, Any]:
+    """Where a run with an early stop has stopped, which step was best, its checkpoints and held-out losses."""
+    evals = events_of(run, "eval")
+    losses = {f"loss of step {event['step']}": event["loss"] for event in evals}
+    saved = {path.name: 1.0 for path in (run / "checkpoints").iterdir()}
+    return {"stopped": evals[-1]["step"], "best": evals[-1]["best_step"], **losses, **saved}
+
+
+def distance(one: Path, other: Path) -> float:
+    """The norm of the difference of two adapters or weight files, by the norm of the second."""
+    files = (path if path.is_file() else path / "adapter_model.safetensors" for path in (one, other))
+    mine, theirs = (load_file(path) for path in files)
+    assert mine.keys() == theirs.keys()
+    off, whole = (sum(float(t.double().square().sum()) for t in part) for part in
+                  ([mine[name] - theirs[name] for name in theirs], theirs.values()))  # fmt: skip
+    return (off / whole) ** 0.5
+
+
 def test_ranks_that_differ_end_before_the_first_step_and_one_says_it(keys, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
     solotune.plan(keys)  # the shape of the model is kept for both
@@ -206,6 +246,18 @@ def test_torchrun_gives_wrong_options_to_all_and_one_says_it(monkeypatch: pytest
     monkeypatch.setenv("LOCAL_RANK", "0")  # the first one of its machine
     assert main(["train", "--nope"]) == 2
     assert "No such option '--nope'" in capsys.readouterr().err
+
+
+def test_the_line_to_resume_starts_as_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for size, here, how in (
+        ("2", "2", "torchrun --standalone --nproc-per-node=2 -m solotune"),
+        ("16", "8", "torchrun --nnodes=2 [...] --nproc-per-node=8 -m solotune"),
+        ("1", "1", program()),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert resume_command("runs/a") == f"{how} train runs/a/config.yaml output_dir=runs/a --resume"
 
 
 def test_a_bug_on_another_rank_is_kept_with_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -318,6 +370,37 @@ def test_a_rank_that_is_killed_with_a_base_in_parts_is_named(keys, when: str, tm
     assert ranks.ends(60) == [137, -9], ranks.said(0)
     assert f"rank 1 (process {ranks.pids[1]} on " in ranks.said(0) and "has died" in ranks.said(0)
     assert not (run.path / "evaluation.json").exists()
+
+
+@pytest.mark.ranks
+def test_an_early_stop_on_four_ranks(keys, tmp_path: Path) -> None:
+    keys |= EARLY
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 4})
+    one = as_figures(tmp_path / "alone")
+    ranks = train_as(4, {**keys, "per_device_train_batch_size": 1}, tmp_path)
+    assert ranks.ends() == [0] * 4, ranks.said(0)
+    assert as_figures(tmp_path / "run") == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.ranks
+def test_a_run_of_two_ranks_is_read_and_exported_as_one_of_one(keys, tmp_path: Path) -> None:
+    """Every verb that reads a run; exports that hold the tensors of the same run on one rank."""
+    keys |= {"learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    solotune.train({**keys, "output_dir": "alone", "per_device_train_batch_size": 4})
+    ranks, run = train_as(2, keys, tmp_path), tmp_path / "run"
+    assert ranks.ends() == [0, 0], ranks.said(0)
+    assert distance(run / "adapter", tmp_path / "alone" / "adapter") < 1e-5
+    found = [solotune.export(tmp_path / name, ["adapter", "merged"]) for name in ("run", "alone")]
+    assert all(result.ok and len(result.artifacts) == 2 for result in found)
+    assert distance(run / "export/adapter", tmp_path / "alone/export/adapter") < 1e-5
+    merged, other = (result.folder / "merged/model.safetensors" for result in found)
+    assert distance(merged, other) < 1e-4 < 1e-2 * distance(merged, Path(keys["model_name_or_path"]) / merged.name)
+    assert solotune.verify(run).ok
+    scored, of_one = (solotune.evaluate(tmp_path / name) for name in ("run", "alone"))
+    assert scored.tuned.loss == pytest.approx(of_one.tuned.loss, rel=1e-6)
+    assert solotune.diagnose(run, budget=0).to_json()["verdict"] == "healthy"
+    assert list(history_of(RunRecord.read(run))["step"]) == list(range(1, 21))
+    assert "20 steps on 2 ranks" in Path(solotune.report(run).path).read_text()
 
 
 @pytest.mark.ranks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,8 +123,27 @@ step 4/4  held-out loss 1.2500 ± 0.0100  exact match 50.0% of 60 rows\
     )
 
 
+def test_a_run_of_several_ranks_is_continued_on_as_many(watched_while):
+    """On two machines of 8, the line leaves the address of the first to the user."""
+
+    def work(local: int) -> Iterator[None]:
+        run = RunDirectory.create("run")
+        run.write_json("plan.json", {"predicted": {"ranks": {"on_one_machine": local}}})
+        run.log(dataclasses.replace(START, world_size=16))
+        run.log(metrics(1, 4))
+        yield
+        run.release()
+        yield
+
+    for local, how in ((16, "--standalone --nproc-per-node=16"), (8, "--nnodes=2 [...] --nproc-per-node=8")):
+        found, lines = watched_while(work(local))
+        line = f"torchrun {how} -m solotune train run/config.yaml output_dir=run --resume"
+        assert lines[-1].endswith(f"Continue: {line}") and found.facts()["continue"] == line
+        shutil.rmtree("run")
+
+
 def test_a_run_that_is_killed_is_said_to_be_gone_and_waited_for(watched_while, monkeypatch):
-    monkeypatch.setattr("solotune.api.watch.resume_command", lambda run: "RESUME")
+    monkeypatch.setattr("solotune.api.watch.resume_command", lambda run, ranks: "RESUME")
 
     def work() -> Iterator[None]:
         run = started()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -235,6 +236,20 @@ def test_a_run_that_is_being_written_is_running(tmp_path: Path, monkeypatch: pyt
     page = build_page(run)
     assert "F65 warmup-too-long: the rate &lt;rises&gt;" in page and ">new<" in page
     assert "Found while it trained" not in build_page(write_run(tmp_path / "over", logged=logged))
+
+
+def test_a_run_of_several_ranks_says_so(tmp_path: Path) -> None:
+    several = dataclasses.replace(start(), world_size=2)
+    run = write_run(tmp_path / "run", logged=[several, *events()[1:]])
+    assert "12 steps on 2 ranks" in build_page(run)
+    tables = {block.caption: block.rows for section in run_page(run).sections for block in section.blocks
+              if block.kind == "table"}  # fmt: skip
+    assert {("Ranks", "2"), ("Memory", "16.0 GiB for each rank")} <= set(tables["Machine"])
+    names = [row[0] for row in tables["Planned and measured"]]
+    assert "Peak memory of rank 0" in names and "Tokens per second of all ranks, median" in names
+    resumed = write_run(tmp_path / "resumed", logged=[several, ResumeEvent(6, False, [], []), *events()[1:]])
+    assert "2, then 1 from step 7 on" in build_page(resumed) and "steps on" not in build_page(resumed)
+    assert "ranks" not in build_page(write_run(tmp_path / "one")).lower()
 
 
 def test_one_group_is_no_groups(tmp_path: Path) -> None:

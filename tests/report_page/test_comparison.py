@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from solotune.report_page.build import comparison_page
-from tests.report_page.run_files import CONFIG, EVALUATION, write_run
+from tests.report_page.run_files import CONFIG, EVALUATION, events, start, write_run
 
 WITHOUT_ROWS = {key: value for key, value in EVALUATION.items() if key != "row_losses"}
 
@@ -65,6 +66,13 @@ def test_a_run_without_evaluation_is_shown_with_its_curves(tmp_path: Path) -> No
         "learning_rate",
         "grad_norm",
     ]
+
+
+def test_ranks_are_compared_if_a_run_had_several(tmp_path: Path) -> None:
+    logged = [dataclasses.replace(start(), world_size=2), *events()[1:]]
+    for name, more, rows in (("one", {}, []), ("two", {"logged": logged}, [("Ranks", "1", "2")])):
+        tables = {b.caption: b.rows for b in compare(tmp_path / name, None, None, **more) if b.kind == "table"}
+        assert [row for row in tables["Both runs"] if row[0] == "Ranks"] == rows
 
 
 def test_only_what_differs_is_listed(tmp_path: Path) -> None:

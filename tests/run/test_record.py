@@ -86,6 +86,30 @@ def test_nothing_that_can_be_read_is_an_empty_record(tmp_path, made):
     assert RunRecord.read(tmp_path / "nowhere").events == ()
 
 
+START = {"event": "start", "step": 0, "total_steps": 30}
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "1"),
+        ([START], "1"),
+        ([{**START, "world_size": 2}, {"event": "resume", "step": 10, "world_size": 2}], "2"),
+        ([{**START, "world_size": 4}, {"event": "resume", "step": 10}], "4, then 1 from step 11 on"),
+        ([START, {"event": "resume", "step": 1000, "world_size": 2}], "1, then 2 from step 1,001 on"),
+        (  # the second resume went back to an older checkpoint
+            [START, {"event": "resume", "step": 20, "world_size": 2}, {"event": "resume", "step": 10, "world_size": 4}],
+            "1, then 4 from step 11 on",
+        ),
+        ([{**START, "world_size": -3}, {"event": "resume", "step": 10, "world_size": "x"}], "1"),
+    ],
+)
+def test_how_many_ranks_a_run_had_and_from_where(tmp_path, events, words):
+    record = RunRecord.read(a_run(tmp_path / "run", lines(*events)))
+    assert record.ranks_in_words() == words
+    assert record.has_several_ranks == (words != "1")
+
+
 def test_medians_and_totals_leave_out_steps_that_lack_them(tmp_path):
     bare = {"event": "step", "step": 4}
     steps = [{**STEP, "tokens_per_second": speed} for speed in (30.0, 10.0, 20.0)]

@@ -45,7 +45,7 @@ class WatchedRun(ResultRepr):
         if self.status == "finished":
             return {**shown, **self._record_in_words(), "next": f"{program()} chat {self.run_dir} --base"}
         problem = {"problem": self.problem} if self.problem else {}
-        return {**shown, **problem, **self._record_in_words(), "continue": resume_command(self.run_dir)}
+        return {**shown, **problem, **self._record_in_words(), "continue": _resume_command(self.run_dir)}
 
     def to_json(self) -> dict[str, Any]:
         record = RunRecord(self.run_dir, ())
@@ -145,7 +145,11 @@ def _gone_in_words(follower: RunFollower, run: RunDirectory) -> str:
     where = f"step {follower.last_step:,} of {follower.total_steps:,}" if follower.total_steps else "its first step"
     why = f": {follower_failure}" if (follower_failure := _failure_in_words(follower)) else ""
     saved = f"newest checkpoint: step {follower.saved.step:,}" if follower.saved else "no checkpoint"
-    return f"the process of this run is gone; it was at {where}{why} ({saved}). Continue: {resume_command(run.path)}"
+    return f"the process of this run is gone; it was at {where}{why} ({saved}). Continue: {_resume_command(run.path)}"
+
+
+def _resume_command(run: Path) -> str:
+    return resume_command(run, RunRecord.read(run).launched)
 
 
 def _failure_in_words(follower: RunFollower) -> str:

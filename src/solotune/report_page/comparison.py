@@ -120,9 +120,10 @@ def _numbers(evaluation: Any, name: str) -> list[float] | None:
 
 def _figures(records: Two, names: Names) -> Table:
     """The key figures of both."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("State", *("finished" if record.is_finished else "unfinished" for record in records)),
         ("Steps", *(f"{record.last_step:,}" for record in records)),
+        *_ranks(records),
         ("Last training loss", *(_shown(record.steps[-1].loss if record.steps else None) for record in records)),
         ("Held-out loss, base", *(_loss(record, "base") for record in records)),
         ("Held-out loss, tuned", *(_loss(record, "tuned") for record in records)),
@@ -133,6 +134,12 @@ def _figures(records: Two, names: Names) -> Table:
         ("Diagnosis", *(_diagnosis(record) for record in records)),
     ]
     return Table("Both runs", ("", *names), tuple(rows), numeric=True)
+
+
+def _ranks(records: Two) -> list[tuple[str, ...]]:
+    """Nothing if both ran on one."""
+    several = any(record.has_several_ranks for record in records)
+    return [("Ranks", *(record.ranks_in_words() for record in records))] if several else []
 
 
 def _score_rows(records: Two) -> list[tuple[str, str, str]]:

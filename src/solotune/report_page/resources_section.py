@@ -41,12 +41,13 @@ def _comparison(record: RunRecord, planned: dict[str, Any], measured: dict[str, 
     peak_bytes, step_seconds = measured["peak_bytes"], measured["step_seconds"]
     rate = measured["tokens_per_second"]
     total = sum(event.step_seconds for event in record.steps if event.step_seconds == event.step_seconds)
+    of_one, of_all = (" of rank 0", " of all ranks") if record.has_several_ranks else ("", "")
     rows = [
-        _row("Peak memory", number_in(planned, "peak_bytes"), preflight.peak_bytes if preflight else None, peak_bytes,
-             format_bytes),
+        _row(f"Peak memory{of_one}", number_in(planned, "peak_bytes"), preflight.peak_bytes if preflight else None,
+             peak_bytes, format_bytes),
         _row("Seconds per step, median", number_in(planned, "seconds", "step"),
              preflight.step_seconds if preflight else None, step_seconds, format_step_time),
-        _row("Tokens per second, median", number_in(planned, "tokens_per_second"), None, rate,
+        _row(f"Tokens per second{of_all}, median", number_in(planned, "tokens_per_second"), None, rate,
              lambda value: format_rate(value, "").strip()),
         _row("All steps", number_in(planned, "seconds", "total"), None, total or None, format_duration),
     ]  # fmt: skip

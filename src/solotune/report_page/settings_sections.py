@@ -69,13 +69,15 @@ def environment_section(record: RunRecord) -> Section:
     gpu = text(found, "gpu")
     memory = number_in(found, "gpu_bytes")
     ram, free = number_in(found, "ram_bytes"), number_in(found, "ram_free_bytes")
+    share = " for each rank" if record.ranks[-1][1] > 1 else ""
     machine = [
         ("solotune", in_words(found.get("solotune"))),
         ("System", text(found, "os")),
         ("Python", text(found, "python")),
         ("CPU", f"{text(found, 'cpu')}, {in_words(found.get('num_cpus'))} cores"),
-        ("Memory", "" if ram is None else format_bytes(ram) + (f", {format_bytes(free)} free" if free else "")),
+        ("Memory", "" if ram is None else format_bytes(ram) + (f", {format_bytes(free)} free" if free else "") + share),
         ("GPU", (gpu + (f", {format_bytes(memory)}" if memory else "")) if gpu else "none"),
+        ("Ranks", record.ranks_in_words() if record.has_several_ranks else ""),
         ("Driver", text(found, "driver")),
         ("CUDA", text(found, "cuda_runtime")),
     ]

@@ -122,9 +122,9 @@ def _tiles(record: RunRecord) -> Iterator[Tile]:
 
 
 def _steps_done(record: RunRecord) -> str:
-    if record.total_steps in (None, record.last_step):
-        return f"{record.last_step:,} steps"
-    return f"{record.last_step:,} of {record.total_steps:,} steps"
+    whole = "" if record.total_steps in (None, record.last_step) else f" of {record.total_steps:,}"
+    ranks = f" on {record.ranks[-1][1]} ranks" if len(record.ranks) == 1 and record.has_several_ranks else ""
+    return f"{record.last_step:,}{whole} steps{ranks}"
 
 
 def _faults(diagnosis: dict[str, Any] | None) -> Iterator[Block]:

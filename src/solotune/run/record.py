@@ -111,6 +111,32 @@ class RunRecord:
         return tuple(event.step for event in self.of(ResumeEvent))
 
     @property
+    def ranks(self) -> tuple[tuple[int, int], ...]:
+        """(step, number of ranks that shared the steps after it), at the start and wherever a resume changed it."""
+        start = self.start
+        found = [(0, max(1, start.world_size or 1) if start else 1)]
+        for event in self.of(ResumeEvent):
+            found = [one for one in found if one[0] < event.step] or found[:1]
+            if (size := max(1, event.world_size or 1)) != found[-1][1]:
+                found.append((event.step, size))
+        return tuple(found)
+
+    @property
+    def has_several_ranks(self) -> bool:
+        return self.ranks[-1][1] > 1 or len(self.ranks) > 1
+
+    @property
+    def launched(self) -> tuple[int, int]:
+        """Ranks as last started: how many, and how many of them on each machine (all, if the plan does not say)."""
+        size, local = self.ranks[-1][1], number_in(self.plan, "predicted", "ranks", "on_one_machine")
+        return size, int(local) if local and 1 <= local <= size else size
+
+    def ranks_in_words(self) -> str:
+        """`2`, or for a run that went on with other ones: `4, then 2 from step 11 on`."""
+        (_, first), *later = self.ranks
+        return ", then ".join([str(first), *(f"{size} from step {step + 1:,} on" for step, size in later)])
+
+    @property
     def failures(self) -> tuple[NonFiniteEvent | DeviceFailedEvent, ...]:
         return tuple(event for event in self.events if isinstance(event, (NonFiniteEvent, DeviceFailedEvent)))
 

@@ -26,6 +26,7 @@ from solotune.model.adapter import CONFIG, read_config, read_finite_tensors
 from solotune.model.base_fingerprint import base_fingerprint, check_base
 from solotune.model.loading import Progress, TrainableModel, load_model
 from solotune.run.manifest import check_folder
+from solotune.run.record import RunRecord
 from solotune.run.run_dir import FINGERPRINTS, RunDirectory, read_object
 from solotune.runtime.world import ALONE, World
 from solotune.training import checkpoint
@@ -169,9 +170,10 @@ class TunedRun:
         done = self.directory.adapter.is_dir()
         folder = self.directory.adapter if done else checkpoint.newest(self.directory.checkpoints)
         if folder is None:
+            ranks = RunRecord.read(self.directory.path).launched
             raise InputError(
                 f"{self.directory.path}: no adapter or checkpoint is saved yet",
-                change=f"finish the run with: {resume_command(self.directory.path)}",
+                change=f"finish the run with: {resume_command(self.directory.path, ranks)}",
             )
         for file, problem in check_folder(folder):
             change = f"{program()} verify {self.directory.path} lists all damaged files"
