@@ -101,8 +101,7 @@ def train(keys: dict[str, Any], folder: Path) -> list[subprocess.Popen[str]]:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_whole_run_is_that_of_a_whole_base(precision: str, base: str, tmp_path: Path) -> None:
     found = []
-    for sharding in (False, True):
-        name = f"run-{sharding}"
+    for name, sharding in (("first", False), ("whole", False), ("parts", True)):
         keys = {"base_sharding": sharding, "output_dir": name, "max_steps": 8, "packing": True, "save_steps": 4,
                 "eval_steps": 4, "validation_size": 10, "num_samples": 2, "max_new_tokens": 8,
                 "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}  # fmt: skip
@@ -110,6 +109,8 @@ def test_a_whole_run_is_that_of_a_whole_base(precision: str, base: str, tmp_path
         assert "Producer process" not in said(tmp_path)  # none has freed what another one had open
         events = [event for event in metrics_of(RunDirectory(tmp_path / name)) if event["event"] in ("step", "eval")]
         figures = [{key: event.get(key) for key in ("step", "loss", "grad_norm", "token_accuracy")} for event in events]
+        if name == "first":  # it fills the compiler's cache, and may round otherwise than those that find it full
+            continue
         found.append((figures, (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()))
     assert len(found[0][0]) == 10
     assert [one for one in zip(found[0][0], found[1][0], strict=True) if one[0] != one[1]] == []

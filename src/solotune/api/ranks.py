@@ -140,7 +140,7 @@ def _take_card(world: World) -> tuple[str, str]:
     visible = torch.cuda.device_count()
     if world.local_rank >= visible > 1:  # where one is visible, it may be another one for each rank
         raise InputError(
-            f"rank {world.rank} is the process {world.local_rank} of {platform.node()}, and has no GPU there",
+            f"no GPU is left for process {world.local_rank} on {platform.node()} (RANK={world.rank})",
             seen=f"{visible} visible, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '(not set)')}",
             allowed=f"torchrun --nproc-per-node={visible}",
             change="start fewer ranks, or make more GPUs visible",
