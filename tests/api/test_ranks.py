@@ -152,7 +152,7 @@ class Cards:
 
         def all_gather(_: World, value: Any) -> list[Any]:
             if isinstance(value, list):
-                return [[value[0], other["uuid"]], value]
+                return [["another name", value[1], other["uuid"]], value]
             assert value["card"] == own["card"]
             return [{**value, "card": other["card"]}, value]
 
