@@ -19,7 +19,7 @@ import torch.distributed
 from ranks import Ranks, free_port
 
 from solotune.errors import CheckError, InputError
-from solotune.runtime import rendezvous, signals
+from solotune.runtime import rendezvous, sessions, signals
 from solotune.runtime import world as worlds
 from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import store_at
@@ -27,6 +27,11 @@ from solotune.runtime.world import ALONE, World, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
             "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def first_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "TRAININGS", [])
 
 
 def test_what_torchrun_says() -> None:
@@ -217,6 +222,7 @@ def test_two_ranks_tell_each_other_and_leave() -> None:
         with world.one_after_another():
             found.setdefault("order", []).append(world.rank)
         if world.rank == 0:
+            sessions.TRAININGS.clear()  # as in the process of another run
             with pytest.raises(InputError) as other:
                 World(1, 2, address=address).join()
             refused.append(other.value.problem)
