@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,10 +27,12 @@ from tiny import metrics_of, random_rows, save_model, save_tokenizer
 import solotune
 from solotune.api import ranks
 from solotune.api.ranks import alone_under_srun, require_rows, start
+from solotune.api.setup import rendering_day
 from solotune.cli import commands
 from solotune.cli.main import main
 from solotune.config.load import load_config
 from solotune.config.run_config import RunConfig
+from solotune.config.settings import MICRO_BATCH
 from solotune.errors import InputError, IntegrityError, RankError, program, resume_command
 from solotune.model import layers
 from solotune.model.layer_ring import LayerRing
@@ -192,7 +196,7 @@ class Cards:
 
         def all_gather(_: World, value: Any) -> list[Any]:
             if isinstance(value, list):
-                return [[value[0], other["uuid"]], value]
+                return [["another name", value[1], other["uuid"]], value]
             assert value["card"] == own["card"]
             return [{**value, "card": other["card"]}, value]
 
@@ -298,6 +302,30 @@ def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
     while not is_true():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_what_the_plan_chose_is_read_from_the_disk_of_rank_0(keys, tmp_path: Path, monkeypatch) -> None:
+    """Another machine has no run there, or one of earlier."""
+    config = load_config({key: value for key, value in keys.items() if key not in MICRO_BATCH})
+    rows_a_step = math.prod(getattr(config, key) for key in MICRO_BATCH)
+    (tmp_path / "run").mkdir()
+    choices = [
+        {"key": key, "value": value, "because": "it fits"}
+        for key, value in zip(MICRO_BATCH, (1, rows_a_step), strict=True)
+    ]
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({"choices": choices}))
+    told: list[Any] = []
+    monkeypatch.setattr(World, "broadcast", lambda self, make: told.append(make()) or told[0])
+    led, chosen = ranks.keep_micro_batch(World(0, 2), config, True)
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(World, "broadcast", lambda self, make: told[0])
+    followed, _ = ranks.keep_micro_batch(World(1, 2), config, True)
+    assert [getattr(led, key) for key in MICRO_BATCH] == [getattr(followed, key) for key in MICRO_BATCH]
+    assert [one.value for one in chosen] == [1, rows_a_step]
+
+
+def test_the_date_of_a_new_run_is_one_that_ranks_can_share(keys) -> None:
+    assert rendering_day(load_config(keys), False) == date.today().isoformat()
 
 
 # --- more of it, in minutes: sh scripts/test_ranks

@@ -99,5 +99,5 @@ def test_ranks_of_two_machines_share_among_themselves() -> None:
 
 def world_on(hosts: str) -> World:
     """Rank 0 of a world whose ranks are on these machines."""
-    ranks = [Peer(rank, 1, host, "") for rank, host in enumerate(hosts)]
+    ranks = [Peer(rank, 1, "node", host) for rank, host in enumerate(hosts)]
     return World(0, len(ranks), peers=ranks[1:], _own=ranks[0])

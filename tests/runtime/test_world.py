@@ -16,10 +16,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed
-from ranks import free_port
+from ranks import Ranks, free_port
 
 from solotune.errors import CheckError, InputError
-from solotune.runtime import rendezvous, signals
+from solotune.runtime import rendezvous, sessions, signals
 from solotune.runtime import world as worlds
 from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import store_at
@@ -27,6 +27,11 @@ from solotune.runtime.world import ALONE, World, rank_of
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
             "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def first_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "TRAININGS", [])
 
 
 def test_what_torchrun_says() -> None:
@@ -78,7 +83,8 @@ def test_alone_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_machines_of_a_world() -> None:
-    ranks = [Peer(rank, 1, host, "") for rank, host in enumerate("abab")]
+    """Containers may have one name on two machines, or two names on one."""
+    ranks = [Peer(rank, 1, "node", space) for rank, space in enumerate("abab")]
     world = World(1, 4, peers=[*ranks[2:], ranks[0]], _own=ranks[1])
     assert (world.machines, world.local_ranks) == ([[0, 2], [1, 3]], [1, 3])
     assert (ALONE.machines, ALONE.local_ranks) == ([[0]], [0])
@@ -216,6 +222,7 @@ def test_two_ranks_tell_each_other_and_leave() -> None:
         with world.one_after_another():
             found.setdefault("order", []).append(world.rank)
         if world.rank == 0:
+            sessions.TRAININGS.clear()  # as in the process of another run
             with pytest.raises(InputError) as other:
                 World(1, 2, address=address).join()
             refused.append(other.value.problem)
@@ -258,3 +265,42 @@ def test_the_kernel_ends_a_connection_to_the_store_that_is_cut() -> None:
                     kept.append(one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
     assert kept == [45_000]
     assert store.add("key", 1) == 1
+
+
+def test_an_error_of_the_gpu_is_no_broken_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows at the first call that waits for the GPU: that of an all-reduce."""
+    monkeypatch.setattr(worlds, "FIND_SECONDS", 0.1)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: misaligned", 716)):
+        world = World(1, 2, _heartbeat=Mock(look_for=lambda seconds: None))
+        with pytest.raises(type(error)) as raised, world._errors():
+            raise error
+        assert raised.value is error
+
+
+def test_in_a_thread_the_loss_of_a_rank_ends_the_waiting(tmp_path: Path) -> None:
+    """No handler can be installed there, so nothing but the request itself may be asked for."""
+
+    def work(rank: int) -> int:
+        ends: list[BaseException] = []
+
+        def train() -> None:
+            world = World.of_environment(os.environ)
+            try:
+                with signals.handle_signals():
+                    world.join(20)
+                    world.all_gather(None)
+                    if rank == 1:
+                        os._exit(5)
+                    world.all_gather(None)
+            except BaseException as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=train, daemon=True)
+        thread.start()
+        thread.join(10)
+        print(ends, flush=True)
+        return 0
+
+    ranks = Ranks(2, work, tmp_path)
+    assert ranks.ends(60) == [0, 5]
+    assert "RankLost" in ranks.said(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +278,12 @@ def test_the_check_is_one_number_a_tensor_and_no_transfer(start):
     optimizer.step()
     assert [norm.shape for norm in nonfinite.norms(model, optimizer)] == [torch.Size([])] * 3
     assert json.dumps(nonfinite.all_finite([0.0, 1.0, 1e31])) == "false"
+
+
+def test_no_single_row_is_blamed_if_all_rows_of_all_ranks_are_bad() -> None:
+    """Each rank has one row here, and could not tell."""
+    findings = [nonfinite.Finding(["the losses"], [where], "reproducible") for where in ("rows:1", "rows:2")]
+    world = SimpleNamespace(size=2, all_gather=lambda own: [list(vars(one).values()) for one in findings])
+    for rows, bad in ((2, []), (3, ["rows:1", "rows:2"])):
+        share: Any = SimpleNamespace(world=world, rows=[None] * rows)
+        assert nonfinite.examine_together(findings[0], share).rows == bad

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solotune.api.types import ConfigSource, Overrides
-from solotune.config.run_config import RunConfig
+from solotune.config.run_config import Choice, RunConfig
 from solotune.errors import InputError, InterruptedRunError, RankError, SolotuneError, resume_command
-from solotune.runtime.heartbeat import Departure, RankLost, rank_error
+from solotune.runtime.heartbeat import Departure, RankLost, machine, rank_error
 from solotune.runtime.signals import StopRequested
 from solotune.runtime.world import World, joined
 from solotune.units import first_line
@@ -117,12 +117,12 @@ def start(world: World, config: RunConfig, resume: bool) -> None:
     versions = {name: installed_version(name) for name in ("torch", "transformers", "bitsandbytes")}
     facts = {**values, "--resume": resume, "solotune": __version__, **versions, "card": card}
     require_same(world, facts)
-    cards = world.all_gather([platform.node(), uuid])
+    cards = world.all_gather([platform.node(), machine(), uuid])
     for rank, found in enumerate(cards):
-        if uuid and (first := cards.index(found)) != rank:
+        if uuid and (first := next(i for i, one in enumerate(cards) if one[1:] == found[1:])) != rank:
             raise InputError(
                 f"rank {first} and rank {rank} use the same GPU",
-                seen=f"{found[1]} on {found[0]}",
+                seen=f"{found[2]} on {found[0]}",
                 allowed="a GPU of its own for each rank",
                 change="start at most as many ranks as GPUs are visible (--nproc-per-node, CUDA_VISIBLE_DEVICES)",
             )
@@ -170,7 +170,10 @@ def require_same(world: World, facts: Mapping[str, Any], change: str = SAME_STAR
 
 
 def require_same_run(world: World, fingerprints: Mapping[str, Any]) -> None:
-    """The same for the `fingerprints` of the run; another driver with the same card computes the same."""
+    """The same for the `fingerprints` of the run; another driver with the same card computes the same.
+
+    Before the base is loaded: with `base_sharding` each rank reads parts of it from the others.
+    """
     facts = {**fingerprints, "device": fingerprints["device"].partition(", driver")[0]}
     named = {NAMES.get(key, key): value for key, value in facts.items()}
     require_same(world, named, "give all machines the same data files, base model, versions and cards")
@@ -184,6 +187,18 @@ def run_to_continue(world: World, config: RunConfig) -> RunConfig:
         return resume.run_to_continue(config)
     folder = world.broadcast(lambda: resume.run_to_continue(config).output_dir)
     return config.replaced("newest run of this config", output_dir=folder) if folder else config
+
+
+def keep_micro_batch(world: World, config: RunConfig, resume: bool) -> tuple[RunConfig, list[Choice]]:
+    """`resume.keep_micro_batch` by the run on rank 0's disk: other ranks may not have it, or another one there."""
+    from solotune.training import resume as resuming
+
+    previous = resuming.continued(config.output_dir) if resume else None
+    if world.size == 1:
+        return resuming.keep_micro_batch(config, previous)
+    found = world.broadcast(lambda: [list(choice) for choice in resuming.keep_micro_batch(config, previous)[1]])
+    choices = [Choice(str(key), value, str(because)) for key, value, because in found]
+    return config.replaced("plan", **{one.key: one.value for one in choices}) if choices else config, choices
 
 
 def _first_difference(key: str, other: Any, own: Any) -> tuple[str, Any, Any]:

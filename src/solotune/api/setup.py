@@ -65,6 +65,7 @@ class PreparedRun:
     plan: Plan
     model: TrainableModel
     preflight: Preflight | None  # measurements of the largest step; None if it was not tried
+    fingerprints: dict[str, Any]  # of config, rows and base: see `resume.fingerprints`
     run_facts: RunFacts  # for the diagnosis during the run
     rules: GrowingRun  # the rules on `run_facts`, asked once before the first step
 
@@ -93,15 +94,15 @@ def check(config: RunConfig, machine: Machine, resume: bool, world: World = ALON
     return model_files
 
 
-def rendering_day(config: RunConfig, resume: bool) -> str | None:
-    """The date on which the rows of the run to continue were rendered (2026-01-31); None for a new run."""
+def rendering_day(config: RunConfig, resume: bool) -> str:
+    """The date on which the rows of the run to continue were rendered (2026-01-31); that of today for a new run."""
     run = resuming.continued(config.output_dir) if resume else None
     day = resuming.recorded_day(config.resume_from_checkpoint, run)
-    return day.isoformat() if day else None
+    return (day or date.today()).isoformat()
 
 
 def read_data(
-    config: RunConfig, model_files: ModelFiles, day: str | None, display: RunObserver
+    config: RunConfig, model_files: ModelFiles, day: str, display: RunObserver
 ) -> tuple[Any, Prepared, list[Finding]]:
     """Load the tokenizer, prepare the rows and check them with the rules; findings are shown.
 
@@ -113,8 +114,7 @@ def read_data(
     """
     tokenizer = dataset.load_tokenizer(config, model_files)
     display.phase("reading data")
-    rendered_on = date.fromisoformat(day) if day else None
-    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=rendered_on)
+    prepared = dataset.prepare(config, tokenizer, progress=display.progress, rendered_on=date.fromisoformat(day))
     check_metrics(config, tokenizer, prepared)
     findings = check_rows(config, tokenizer, prepared, model_files)
     prepared = prepared.with_findings(finding.to_json() for finding in findings)
@@ -151,10 +151,11 @@ def plan(
     return result
 
 
-def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, display: RunObserver) -> GrowingRun:
+def stop_before_harm(config: RunConfig, run_facts: RunFacts, is_begun: bool, display: RunObserver) -> GrowingRun:
     """Ask the rules before the first step, and stop for what is certain.
 
-    A run that goes on from a checkpoint is not stopped.
+    Args:
+        is_begun: the run goes on from a checkpoint (`goes_on`), and is not stopped.
 
     Raises:
         CheckError: a fault is certain, and `allow_faults` does not name it.
@@ -162,15 +163,15 @@ def stop_before_harm(config: RunConfig, run_facts: RunFacts, resume: bool, displ
     rules, allowed = GrowingRun(run_facts), certain_faults.allowed_codes(config)
     found = certain_faults.of_run(run_facts, rules.signals())
     refusal = certain_faults.refusal(found, allowed)
-    if refusal is not None and not _goes_on(config, resume):
+    if refusal is not None and not is_begun:
         raise refusal
     if names := ", ".join(f"{finding.code} {finding.slug}" for finding in found if finding.code in allowed):
         display.note(f"allow_faults: training in spite of {names}")
     return rules
 
 
-def _goes_on(config: RunConfig, resume: bool) -> bool:
-    """Whether the run continues from a checkpoint."""
+def goes_on(config: RunConfig, resume: bool) -> bool:
+    """Whether the run continues from a checkpoint on this machine."""
     previous = resuming.continued(config.output_dir) if resume else None
     has_one = previous is not None and bool(checkpoint.list_checkpoints(previous.checkpoints))
     return has_one or config.resume_from_checkpoint is not None

@@ -24,7 +24,15 @@ from solotune.config.run_config import Choice, RunConfig
 from solotune.display.notebook import showing
 from solotune.display.observer import Observers, Resilient, RunObserver, SilentObserver
 from solotune.display.progress import Display, PlainDisplay, SilentDisplay, make_console
-from solotune.errors import DeviceError, InterruptedRunError, RankError, RunNote, SolotuneError, program
+from solotune.errors import (
+    DeviceError,
+    InterruptedRunError,
+    RankError,
+    RunNote,
+    SolotuneError,
+    program,
+    resume_command,
+)
 from solotune.result_repr import ResultRepr, Table
 from solotune.run.atomic_io import LogFile, append_line, whole_folder
 from solotune.run.events import DeviceFailedEvent, EndEvent
@@ -119,7 +127,6 @@ def train(
     world = World.of_environment(os.environ)
     with ranks.failing_together(world):
         checked = config_of(config, overrides, keys).on_ranks(world.size)
-    resume = resume or world.restarts > 0
     from solotune.hardware import doctor
     from solotune.runtime import signals
 
@@ -130,6 +137,7 @@ def train(
         if words := ranks.alone_under_srun(os.environ):
             user_display.note(words)
         with joined(world, ranks.departure_of, user_display.note):
+            resume = resume or world.restarts > 0
             try:
                 ranks.start(world, checked, resume)
                 if note := ranks.note_of_other_gpus(world, checked, config, overrides, resume):
@@ -147,9 +155,15 @@ def _stopped_early(stop: StopRequested, stage: str) -> SolotuneError:
     return InterruptedRunError(stop.number, what, "start it again")
 
 
-def _stopped_with_adapter(stop: StopRequested, stage: str, run: RunDirectory) -> InterruptedRunError:
+def _stopped_outside_loop(stop: StopRequested, stage: str, run: RunDirectory) -> SolotuneError | None:
+    """The error of a run that is stopped before or after its steps; None: a signal has come, and nothing is saved."""
+    is_saved = run.adapter.is_dir()
     change = f"compare it with its base model: {program()} evaluate {run.path}"
-    return InterruptedRunError(stop.number, f"stopped while {stage}; the adapter is saved", change)
+    if isinstance(stop, RankLost):
+        how = change if is_saved else f"continue with: {resume_command(run.path)}"
+        return rank_error(stop.lost, "the adapter is saved" if is_saved else None, how)
+    what = f"{stop.sender}stopped while {stage}; the adapter is saved"
+    return InterruptedRunError(stop.number, what, change) if is_saved else None
 
 
 def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: World = ALONE) -> PreparedRun:
@@ -162,13 +176,13 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     from solotune.diagnosis import certain_faults
     from solotune.diagnosis.sources import solotune_run
     from solotune.model.sharded_blocks import require_ranks
-    from solotune.training import resume as resuming
     from solotune.training import trained_run
+    from solotune.training.resume import fingerprints
 
     certain_faults.allowed_codes(config)  # before anything takes long
     require_ranks(config, world.machines)
     checked, machine, choices = trained_run.resolve_for_machine(config)
-    checked, kept = resuming.keep_micro_batch(checked, resuming.continued(checked.output_dir) if resume else None)
+    checked, kept = ranks.keep_micro_batch(world, checked, resume)
     machine = machine.shared_by(len(world.local_ranks))
     model_files = setup.check(checked, machine, resume, world)
     day = world.broadcast(lambda: setup.rendering_day(checked, resume))
@@ -178,8 +192,11 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
     plan = setup.plan(checked, model_files, machine, prepared, display, len(world.local_ranks))
     checked = ranks.with_plan_of_rank_0(world, checked, plan.resolved)
     run_facts = solotune_run.from_prepared(checked, tokenizer, prepared, findings, model_files)
-    rules = setup.stop_before_harm(checked, run_facts, resume, display)
+    is_begun = world.broadcast(lambda: setup.goes_on(checked, resume))
+    rules = setup.stop_before_harm(checked, run_facts, is_begun, display)
     model_files = setup.fetch_weights(model_files, display)
+    run_fingerprints = fingerprints(checked, prepared, machine, model_files)
+    ranks.require_same_run(world, run_fingerprints)  # before ranks share one base
     model = setup.load_model(checked, model_files, machine, tokenizer, prepared, resume, display, world)
     preflight = setup.try_largest_step(checked, model, prepared, display, world)
     return setup.PreparedRun(
@@ -192,6 +209,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
         plan=plan,
         model=model,
         preflight=preflight,
+        fingerprints=run_fingerprints,
         run_facts=run_facts,
         rules=rules,
     )
@@ -199,7 +217,7 @@ def prepare_run(config: RunConfig, resume: bool, display: RunObserver, world: Wo
 
 def _train(config: RunConfig, resume: bool, user_display: Resilient, world: World) -> TrainResult:
     """Prepare the run; then lead it, or take part in it."""
-    from solotune.training.resume import fingerprints, which_run
+    from solotune.training.resume import which_run
 
     if resume:
         config = ranks.run_to_continue(world, config)
@@ -209,16 +227,12 @@ def _train(config: RunConfig, resume: bool, user_display: Resilient, world: Worl
     except DeviceError:
         ranks.raise_if_lost(world, config)
         raise
-    run_fingerprints = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
-    ranks.require_same_run(world, run_fingerprints)
     if world.is_owner:
-        return _lead(ready, run_fingerprints, resume, user_display, world)
-    return _take_part(ready, run_fingerprints, world)
+        return _lead(ready, resume, user_display, world)
+    return _take_part(ready, world)
 
 
-def _lead(
-    ready: PreparedRun, run_fingerprints: dict[str, Any], resume: bool, user_display: Resilient, world: World
-) -> TrainResult:
+def _lead(ready: PreparedRun, resume: bool, user_display: Resilient, world: World) -> TrainResult:
     """Open the run directory, record, train, save, evaluate, diagnose, write report and manifest."""
     from solotune.api import setup
     from solotune.diagnosis.monitor import Monitor
@@ -228,7 +242,7 @@ def _lead(
     from solotune.training import checkpoint, loop
     from solotune.training.resume import open_run
 
-    config, rows, model = ready.config, ready.prepared, ready.model
+    config, rows, model, run_fingerprints = ready.config, ready.prepared, ready.model, ready.fingerprints
     run, resume_point = open_run(config, run_fingerprints, resume)  # only now is something written
     log = LogFile(run.path / LOG)
     watchdog.stacks_into(run.path / STACKS)
@@ -258,9 +272,9 @@ def _lead(
         run.write_manifest()
         return TrainResult(run.path, summary, ready.choices, evaluation)
     except signals.StopRequested as stop:
-        if not run.adapter.is_dir():
+        if (stopped := _stopped_outside_loop(world.why(stop), user_display.stage, run)) is None:
             raise
-        raise _stopped_with_adapter(stop, user_display.stage, run) from None
+        raise stopped from None
     except RankError as error:
         _keep_traceback(error, run)
         raise
@@ -278,7 +292,7 @@ def _lead(
         log.close()
 
 
-def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: World) -> TrainResult:
+def _take_part(ready: PreparedRun, world: World) -> TrainResult:
     """Train as a rank that writes nothing."""
     from solotune.api import setup
     from solotune.hardware.gpu_errors import device_failure
@@ -291,10 +305,16 @@ def _take_part(ready: PreparedRun, run_fingerprints: dict[str, Any], world: Worl
     observer = Resilient(SilentObserver())
     try:
         with signals.defer_signals():
-            loop.train(ready.model, rows.train, rows.validation, config, run, observer, point, run_fingerprints, world)
+            loop.train(
+                ready.model, rows.train, rows.validation, config, run, observer, point, ready.fingerprints, world
+            )
             if ready.model.shared is not None:
                 ready.model.shared.close()  # rank 0 reads this rank's part until it has compared base and tuned
             world.disconnect()
+    except signals.StopRequested as stop:
+        if isinstance(lost := world.why(stop), RankLost):
+            raise rank_error(lost.lost, None, f"continue with: {resume_command(run.path)}") from None
+        raise
     except Exception as error:
         if failure := device_failure(error, config.memory, run.path):
             ranks.raise_if_lost(world, config, run.path)

@@ -105,11 +105,16 @@ class Peer:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
-def process_space() -> str:
-    """What two processes share if they see each other's process ids: machine and namespace."""
-    parts = [platform.node()]
+def machine() -> str:
+    """What two processes share if they run on one machine, in whichever containers; elsewhere than Linux, its name."""
     with contextlib.suppress(OSError):
-        parts.append(read_text("/proc/sys/kernel/random/boot_id", 4096).strip())
+        return read_text("/proc/sys/kernel/random/boot_id", 4096).strip()
+    return platform.node()
+
+
+def process_space() -> str:
+    """What two processes share if they see each other's process ids: machine, its name, and namespace."""
+    parts = [platform.node(), machine()]
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)

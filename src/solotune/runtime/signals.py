@@ -105,11 +105,15 @@ def handle_signals(is_ours: bool = False, has_launcher: bool = False, is_quiet: 
         has_launcher: a launcher of ranks passes on what the process has received already.
         is_quiet: do not say that the run stops: another rank does.
     """
-    if _requests.before or threading.current_thread() is not threading.main_thread():
+    if _requests.before:
         yield
         return
-    _requests.is_ours, _requests.received, _requests.is_taken = is_ours, 0, False
-    _requests.has_launcher, _requests.is_quiet, _requests.asked = has_launcher, is_quiet, None
+    _requests.is_taken, _requests.asked = False, None
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _requests.is_ours, _requests.received = is_ours, 0
+    _requests.has_launcher, _requests.is_quiet = has_launcher, is_quiet
     _requests.before = {number: signal.signal(number, _requests.receive) for number in STOPPING}
     hook, sys.unraisablehook = sys.unraisablehook, _ignore_in_destructor
     try:
@@ -159,10 +163,11 @@ def check_stop() -> None:
     """Stop here if a signal has come, and tell the watchdog that the run is alive.
 
     Raises:
-        StopRequested: a signal has come; raised once, because the code that follows is already stopping.
+        StopRequested: a signal has come, or another rank has ended (in any thread, without handlers too); raised once,
+            because the code that follows is already stopping.
     """
     watchdog.beat()
-    if (_requests.received or _requests.asked) and _requests.before and not _requests.is_taken:
+    if ((_requests.received and _requests.before) or _requests.asked) and not _requests.is_taken:
         _requests.is_taken = True
         raise _requests.asked or StopRequested(_requests.received)
 

@@ -24,7 +24,6 @@ need not agree on where they stop: rank 0 saves the steps that it has done.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import threading
@@ -35,7 +34,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
-from solotune.runtime import heartbeat, signals
+from solotune.runtime import heartbeat, sessions, signals
+from solotune.runtime.exchange import Exchange, wait_until
 from solotune.runtime.heartbeat import Departure, Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import Meeting, store_at
 from solotune.runtime.signals import StopRequested
@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300.0  # from the first rank that is there to the last
+JOIN_AGAIN_SECONDS = 86400.0  # in a process that has trained already
 LEAVE_SECONDS = 40.0  # how long a rank that leaves waits until rank 0 has saved
 FIND_SECONDS = 5.0  # after a failed transfer, until the reason is known
 READ_SECONDS = 5.0  # how long rank 0 stays for the others to read why it leaves
@@ -62,14 +63,14 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    restarts: int = 0  # how often torchrun has started the ranks again
+    restarts: int = 0  # how often the ranks were started again; under torchrun, how often they have met before
     address: tuple[str, int] = ("", 0)
     has_agent: bool = False  # torchrun keeps the store
     peers: list[Peer] = field(default_factory=list)
     _store: Any = None
     _heartbeat: Heartbeat | None = None
     _device: Any = None
-    _round: int = 0
+    _exchange: Exchange = field(init=False)
     _own: Peer | None = None
 
     @classmethod
@@ -117,9 +118,9 @@ class World:
 
     @property
     def machines(self) -> list[list[int]]:
-        """The ranks of each machine, in order."""
-        hosts = {peer.rank: peer.host for peer in self.peers} | {self.rank: self._own.host if self._own else ""}
-        return [[rank for rank in sorted(hosts) if hosts[rank] == host] for host in dict.fromkeys(hosts.values())]
+        """The ranks of each machine, in order: those that see each other's processes, since names may be equal."""
+        spaces = {peer.rank: peer.space for peer in self.peers} | {self.rank: self._own.space if self._own else ""}
+        return [[rank for rank in sorted(spaces) if spaces[rank] == one] for one in dict.fromkeys(spaces.values())]
 
     @property
     def local_ranks(self) -> list[int]:
@@ -140,15 +141,24 @@ class World:
         """
         if self.size == 1:
             return
+        training = len(sessions.TRAININGS)
         until = time.monotonic() + seconds
         is_server = self.is_owner and not self.has_agent
-        self._store = store_at(self.address, self.size, self.restarts, seconds, is_server=is_server)
-        beats = store_at(self.address, self.size, self.restarts, seconds, is_server=False)
+        self._store = store_at(self.address, self.size, training, seconds, is_server=is_server)
+        beats = store_at(self.address, self.size, training, seconds, is_server=False)
+        sessions.SERVERS.extend([self._store] * is_server)
         self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
         meeting = Meeting(self._store, self.rank, self.size, until, note)
         with meeting.errors(is_first_here=self.local_rank == 0):
-            found = meeting.meet([own.rank, own.pid, own.host, own.space], self.address)
+            hello = [own.rank, own.pid, own.host, own.space]
+            if self.has_agent:
+                place, found = sessions.meet(meeting, hello, self.address)
+                self._store, beats, self.restarts = place.of(self._store), place.of(beats), place.number - 1
+            else:
+                found = meeting.meet(hello, self.address)
             self.peers = [Peer(*one) for one in found if one[0] != self.rank]
+            sessions.TRAININGS.append(training)
+            self._exchange = Exchange(self._store, self.rank, self.size)
             self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
 
@@ -188,27 +198,20 @@ class World:
         """A JSON value of each rank, in their order, on every rank."""
         if self.size == 1:
             return [value]
-        self._round += 1
-        keys = [f"gather/{self._round}/{rank}" for rank in range(self.size)]
         with self._errors():
-            self._store.set(keys[self.rank], json.dumps(value))
-            self._wait(lambda: self._store.check(keys), 0.005)
-            return [json.loads(text) for text in self._store.multi_get(keys)]
+            return self._exchange.all_gather(value)
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; it has to be JSON."""
         if self.size == 1:
             return make()
-        self._round += 1
-        key = f"broadcast/{self._round}"
-        if self.is_owner:
-            value = make()
+        if not self.is_owner:
             with self._errors():
-                self._store.set(key, json.dumps(value))
-            return value
+                return self._exchange.hear()
+        value = make()
         with self._errors():
-            self._wait(lambda: self._store.check([key]), 0.005)
-            return json.loads(self._store.get(key))
+            self._exchange.tell(value)
+        return value
 
     @contextlib.contextmanager
     def one_after_another(self) -> Iterator[None]:
@@ -216,16 +219,14 @@ class World:
         if self.size == 1:
             yield
             return
-        self._round += 1
         first = self.local_ranks[0]
-        key = f"first/{self._round}/{first}"
         if self.rank != first:
             with self._errors():
-                self._wait(lambda: self._store.check([key]), 0.02)
+                self._exchange.wait_for(first)
         yield
         if self.rank == first:
             with self._errors():
-                self._store.set(key, "done")
+                self._exchange.let_pass(first)
 
     # --- tensors, through NCCL or gloo
 
@@ -302,7 +303,7 @@ class World:
     def _finish(self, work: Any) -> None:
         """Wait for a transfer between tensors."""
         try:
-            self._wait(work.is_completed, 0.0001)
+            wait_until(work.is_completed, lambda: 0.0001)
         except StopRequested:
             self._abort()
             raise
@@ -330,19 +331,9 @@ class World:
             if beats is not None:
                 beats.may_end_process = before
 
-    def _wait(self, is_done: Callable[[], bool], pause: float) -> None:
-        """Ask until it is done.
-
-        Raises:
-            StopRequested: a signal has come, or another rank is lost (`RankLost`).
-        """
-        while not is_done():
-            signals.check_stop()
-            time.sleep(pause)
-
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn an error of a transfer into its reason: the rank that is lost.
+        """Turn an error of a transfer into its reason: the rank that is lost. An error of this rank's GPU stays one.
 
         A store in a stopped rank 0 answers in no time. The others have nothing to save, and may end where they wait.
         """
@@ -352,11 +343,21 @@ class World:
         except RuntimeError as error:
             stop = self._heartbeat.look_for(FIND_SECONDS) if self._heartbeat else None
             if stop is None:
+                if _is_of_device(error):  # the GPU tells of it at the first call that waits for it
+                    raise
                 assert self._heartbeat is not None
                 stop = RankLost(self._heartbeat.transfer_failed(first_line(error)))
             signals.request_stop(stop)
             signals.check_stop()
             raise stop from error  # nothing handles signals here
+
+
+def _is_of_device(error: RuntimeError) -> bool:
+    """Whether a GPU has failed, or is full, and not a transfer."""
+    import torch
+    import torch.distributed as dist
+
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) and not isinstance(error, dist.DistError)
 
 
 ALONE = World()
@@ -367,18 +368,18 @@ def joined(
     world: World,
     departure_of: Callable[[BaseException], Departure],
     note: Callable[[str], None] | None = None,
-    seconds: float = JOIN_SECONDS,
+    seconds: float | None = None,
 ) -> Iterator[None]:
     """Meet the other ranks; in the end, or after an error, tell them.
 
     Args:
         departure_of: what the others get to know about an error.
-        note, seconds: see `World.join`.
+        note, seconds: see `World.join`; in a second training rank 0 may still work on the end of the first, for long.
     """
     if world.size == 1:
         yield
         return
-    world.join(seconds, note)
+    world.join(seconds or (JOIN_AGAIN_SECONDS if sessions.TRAININGS else JOIN_SECONDS), note)
     try:
         yield
     except BaseException as error:

@@ -108,8 +108,8 @@ def examine(
     checkpoint.restore_random(random)
     first = None if is_sound or broken else _first_activation(model, micro_batches)
     rows = [] if is_sound else bad_rows(model, micro_batches)
-    if len(rows) == sum(len(batch.rows) for batch in micro_batches) > 1:
-        rows = []  # all rows show it, so no single row causes it
+    if share.world.size == 1:
+        rows = _single(rows, share)
     model.zero_gradients()
     checkpoint.restore_random(random)
     tensors = broken or ([first] if first else []) or in_gradients[:NUM_NAMED]
@@ -122,10 +122,15 @@ def examine_together(finding: Finding, share: StepShare) -> Finding:
         return finding
     found = [Finding(*parts) for parts in share.world.all_gather(list(vars(finding).values()))]
     tensors = list(dict.fromkeys(name for one in found for name in one.tensors))
-    rows = [row for one in found for row in one.rows]
+    rows = _single([row for one in found for row in one.rows], share)
     again = any(one.verdict == "reproducible" for one in found)
     is_of_state = any(one.is_of_state for one in found)
     return Finding(tensors[:NUM_NAMED], rows, "reproducible" if again else "transient", is_of_state)
+
+
+def _single(rows: list[str], share: StepShare) -> list[str]:
+    """The rows that show a fault alone; none if all rows of the step do: then no single row causes it."""
+    return [] if len(rows) == len(share.rows) > 1 else rows
 
 
 def nonfinite_tensors(model: TrainableModel, optimizer: torch.optim.Optimizer, reads_frozen: bool = True) -> list[str]:
