@@ -35,7 +35,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
-from solotune.runtime import heartbeat, signals
+from solotune.runtime import early_ranks, heartbeat, signals
 from solotune.runtime.heartbeat import Departure, Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import Meeting, store_at
 from solotune.runtime.signals import StopRequested
@@ -137,19 +137,23 @@ class World:
 
         Raises:
             InputError: MASTER_PORT is taken, nobody answers there, some ranks do not come, or two have one number.
+            RankError: a rank has ended, or is stopped.
         """
         if self.size == 1:
             return
         until = time.monotonic() + seconds
         is_server = self.is_owner and not self.has_agent
-        self._store = store_at(self.address, self.size, self.restarts, seconds, is_server=is_server)
-        beats = store_at(self.address, self.size, self.restarts, seconds, is_server=False)
-        self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        meeting = Meeting(self._store, self.rank, self.size, until, note)
-        with meeting.errors(is_first_here=self.local_rank == 0):
-            found = meeting.meet([own.rank, own.pid, own.host, own.space], self.address)
-            self.peers = [Peer(*one) for one in found if one[0] != self.rank]
-            self._heartbeat = Heartbeat(beats, self.rank, self.peers)
+        with early_ranks.watched(self.rank, self.size, self.address, has_agent=self.has_agent) as early:
+            at = self.address, self.size, self.restarts, seconds, early
+            self._store = store_at(*at, is_server=is_server)
+            beats = store_at(*at, is_server=False)
+            self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
+            meeting = Meeting(self._store, self.rank, self.size, until, early, note)
+            with meeting.errors(is_first_here=self.local_rank == 0):
+                found = meeting.meet([own.rank, own.pid, own.host, own.space], self.address)
+                self.peers = [Peer(*one) for one in found if one[0] != self.rank]
+                with early.asking():
+                    self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
 
     def leave(self, departure: Departure) -> bool:
