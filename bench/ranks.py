@@ -10,8 +10,8 @@ A tiny model on the CPU (gloo), or with --gpus on GPUs. Each run is hit once, th
 random line of what rank 0 prints, from none at all to its last, and then up to 0.3 s. FILE gets one line of JSON for
 each instant; a second call with the same arguments goes on where the first one has ended. The ranks are forked from
 this process, so nobody but they themselves ends them, as under srun. Forked ranks meet at once, so with
---before-meeting each is a command of its own (the resumed run is forked), and the instant is any from its start on
-until the ranks have met.
+--before-meeting each is a command of its own, and the instant is any from its start on until the ranks have met. No run
+is begun then, so nothing is resumed.
 
 What must hold
 --------------
@@ -45,6 +45,7 @@ from solotune.runtime import heartbeat, world
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
 JITTER_SECONDS = 0.3
+EARLY = re.compile("before the ranks met|before all ranks were there")  # what the others say then
 END_SECONDS = 60.0
 STOPPED_SECONDS, JOIN_SECONDS = 3.0, 20.0  # in place of the 20 and 300 of `runtime`
 
@@ -148,6 +149,11 @@ def hit_once(
     if case.codes[case.victim] == 0 and case.launcher != "torchrun":
         return False  # it was about to end
     said, others = launched.said(), [code for rank, code in enumerate(case.codes) if rank != case.victim]
+    if before is not None and not case.is_bad and not EARLY.search(said):
+        return False  # the ranks have met since
+    if before is not None:
+        case.problems += ["a run was begun"] if run.exists() else []
+        return True
     if name != "SIGTERM" and any(others) and not re.search(rf"rank {case.victim}\b", said):
         case.problems.append(f"not named: {said[-1000:]}")
     case.problems += half_written(run)
@@ -197,9 +203,13 @@ def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path
     if not given.gpus:
         solotune.plan("run.yaml")  # before the ranks are forked
     whole = Launched(work, given.ranks, given.launcher)
-    before = seconds_to_meet(whole) if given.before_meeting else None
+    before = None
+    if given.before_meeting:  # nothing is computed then, and nothing to be resumed
+        before = seconds_to_meet(whole)
+        for rank in range(given.ranks):
+            whole.kill(rank)
     problems, wanted = whole.wait(), figures_of(work / "run")
-    if problems or not wanted["adapter"]:
+    if problems or not (wanted["adapter"] or given.before_meeting):
         return problems or [whole.said()]
     num_lines = len(whole.said().splitlines())
     for instant in range(len(cases), given.instants):

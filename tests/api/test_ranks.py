@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
 import torch
-from ranks import Ranks, environment
+from ranks import Ranks, environment, free_port
 from tiny import metrics_of, random_rows, save_model, save_tokenizer
 
 import solotune
@@ -237,6 +237,64 @@ def test_one_rank_has_nobody_to_share_a_base_with(keys, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+WITH_SHORT_LIMITS = """\
+import sys
+from solotune.runtime import early_ranks, heartbeat
+early_ranks.GONE_SECONDS = early_ranks.REACH_SECONDS = heartbeat.STOPPED_SECONDS = heartbeat.BLOCKED_SECONDS = 1.0
+from solotune.cli import main
+sys.exit(main())
+"""
+
+
+class Commands:
+    """Ranks as commands of their own, which load libraries first: `python -m solotune`, or another program."""
+
+    def __init__(self, keys: dict[str, Any], folder: Path, size: int = 2, program: Sequence[str] = ("-m", "solotune")):
+        lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}\n" for key, value in keys.items()]
+        (folder / "run.yaml").write_text("".join(lines))
+        self.folder, self.size, self.port = folder, size, free_port()
+        self.command = [sys.executable, *program, "train", "run.yaml"]
+        self.processes = dict[int, subprocess.Popen[bytes]]()
+
+    def start(self, *ranks: int, more: Sequence[str] = ()) -> None:
+        for rank in ranks:
+            variables = os.environ | environment(rank, self.size, self.port)
+            with open(self.folder / f"command-{rank}.txt", "wb") as file:
+                command = [*self.command, *more]
+                self.processes[rank] = subprocess.Popen(command, env=variables, stdout=file, stderr=file)
+
+    def said(self, rank: int) -> str:
+        return (self.folder / f"command-{rank}.txt").read_text()
+
+    def wait_for_imports(self, *ranks: int) -> None:
+        """Until these have looked for the others, and load torch."""
+        wait_for(lambda: all("/torch/" in Path(f"/proc/{self.processes[rank].pid}/maps").read_text() for rank in ranks))
+
+    def ends(self, *ranks: int, seconds: float = 100.0) -> list[int]:
+        until = time.monotonic() + seconds
+        return [self.processes[rank].wait(max(0.1, until - time.monotonic())) for rank in ranks]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+
+def test_a_rank_that_is_killed_while_it_loads_libraries_ends_the_others(keys, tmp_path: Path) -> None:
+    (tmp_path / "short.py").write_text(WITH_SHORT_LIMITS)
+    with Commands(keys, tmp_path, 2, ["short.py"]) as ranks:
+        ranks.start(0, 1)
+        ranks.wait_for_imports(0, 1)
+        ranks.processes[1].kill()
+        assert ranks.ends(0) == [137], ranks.said(0)
+        assert f"error: rank 1 (process {ranks.processes[1].pid} on " in ranks.said(0)
+        assert "has ended before the ranks met" in ranks.said(0)
+        assert not (tmp_path / "run").exists()
+
+
 def wait_for(is_true: Callable[[], bool], seconds: float = 100) -> None:
     until = time.monotonic() + seconds
     while not is_true():
@@ -360,6 +418,50 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(
     ranks = train_as(2, keys, tmp_path, "--resume")
     assert ranks.ends() == [0, 0], ranks.said(0)
     assert [one["step"] for one in events_of(tmp_path / "run", "step")] == list(range(1, 61))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_a_signal_before_the_ranks_have_met_ends_all(keys, number: int, victim: int, tmp_path: Path) -> None:
+    others = [rank for rank in range(3) if rank != victim]
+    with Commands(keys, tmp_path, 3) as ranks:
+        ranks.start(0, 1, 2)
+        ranks.wait_for_imports(0, 1, 2)
+        ranks.processes[victim].send_signal(number)
+        sent = time.monotonic()
+        assert ranks.ends(*others) == [9 if number == signal.SIGSTOP else 137] * 2
+        assert time.monotonic() - sent < 60
+        speaker, silent = others
+        what = "has been stopped (SIGSTOP) for" if number == signal.SIGSTOP else "has ended before the ranks met"
+        assert f"rank {victim} (process {ranks.processes[victim].pid} on " in ranks.said(speaker)
+        assert what in ranks.said(speaker)
+        assert ranks.said(silent) == ""
+
+
+@pytest.mark.ranks
+def test_a_rank_with_wrong_options_ends_the_others(keys, tmp_path: Path) -> None:
+    with Commands(keys, tmp_path) as ranks:
+        ranks.start(0)
+        ranks.start(1, more=["--nope"])
+        assert ranks.ends(0, 1) == [137, 2]
+        assert "look at what rank 1 prints" in ranks.said(0)
+        assert "No such option '--nope'" in ranks.said(1)
+
+
+@pytest.mark.ranks
+def test_a_rank_that_comes_late_is_waited_for_whatever_happens_to_another_run(keys, tmp_path: Path) -> None:
+    """They meet: only then they can know that they differ."""
+    (tmp_path / "other").mkdir()
+    with Commands(keys, tmp_path) as ranks, Commands(keys, tmp_path / "other") as other:
+        ranks.start(0)
+        other.start(1)
+        other.wait_for_imports(1)
+        other.processes[1].kill()
+        time.sleep(20)
+        ranks.start(1, more=["learning_rate=0.02"])
+        assert ranks.ends(0, 1) == [2, 2]
+        assert "rank 1 differs from rank 0: learning_rate" in ranks.said(0)
 
 
 @pytest.mark.ranks
