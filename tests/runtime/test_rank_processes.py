@@ -160,6 +160,20 @@ def test_what_was_seen_from_the_start_is_there_when_the_ranks_meet(start: Start)
     assert not thread.is_alive()
 
 
+def test_a_rank_that_ends_at_once_stays_until_others_have_seen_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_processes, "SEEN_SECONDS", 0.5)
+    begun = time.monotonic()
+    rank_processes.stay()  # no rank
+    assert time.monotonic() - begun < 0.4
+    begin({**OURS, "RANK": "0"})
+    rank_processes.stay()
+    assert time.monotonic() - begun >= 0.5
+    with taken(0, 3, ("127.0.0.1", 29511), has_agent=False):
+        begun = time.monotonic()
+        rank_processes.stay()  # it has begun to meet them
+        assert time.monotonic() - begun < 0.4
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 TICK_SECONDS = 0.25
 AGAIN_SECONDS = 2.0  # until a process that is no rank is read again: a shell may become one
+SEEN_SECONDS = 3.0  # from the start of a rank until others have seen it, on a busy machine too
 MAX_PASSED = 5.0  # seconds between two looks; more means that this process was stopped with all others (Ctrl-Z)
 MAX_SHARE = 0.02  # of a core, for looking: with very many processes there is more time between two looks
 MAX_BYTES = 4 << 20  # of variables or a command line
@@ -66,7 +67,7 @@ class RankProcesses:
         self._children = set[tuple[int, int]]()  # of ranks: process and its start
         self._others = dict[int, float]()  # processes that are no ranks: when they were read
         self._lock = threading.Lock()
-        self._ends = threading.Event()
+        self._ends, self._begun_at = threading.Event(), time.monotonic()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -152,6 +153,12 @@ def begin(environ: Mapping[str, str]) -> None:
     if _begun is None and is_set and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _begun = RankProcesses(int(rank), int(size), (host, int(port)))
         _begun.start()
+
+
+def stay() -> None:
+    """Let the others see a rank that ends soon after its start, before it has met them; nothing for other processes."""
+    if _begun is not None:
+        time.sleep(max(0.0, _begun._begun_at + SEEN_SECONDS - time.monotonic()))
 
 
 @contextlib.contextmanager
