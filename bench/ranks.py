@@ -2,13 +2,16 @@
 
     python -m bench.ranks --instants 200 --ranks 2 --out FILE   SIGKILL, SIGTERM or SIGSTOP to a random rank
     python -m bench.ranks --instants 10 --launcher torchrun ... the same under torchrun, which ends the others too
+    python -m bench.ranks --instants 20 --before-meeting ...    while ranks of their own processes load libraries
     python -m bench.ranks --instants 6 --gpus ...               on GPUs (NCCL, nf4), under torchrun
     python -m bench.ranks --table FILE                          the table of what has run so far
 
 A tiny model on the CPU (gloo), or with --gpus on GPUs. Each run is hit once, then resumed to its end. The instant: a
 random line of what rank 0 prints, from none at all to its last, and then up to 0.3 s. FILE gets one line of JSON for
 each instant; a second call with the same arguments goes on where the first one has ended. The ranks are forked from
-this process, so nobody but they themselves ends them, as under srun.
+this process, so nobody but they themselves ends them, as under srun. Forked ranks meet at once, so with
+--before-meeting each is a command of its own, and the instant is any from its start on until the ranks have met. No run
+is begun then, so nothing is resumed.
 
 What must hold
 --------------
@@ -42,6 +45,7 @@ from solotune.runtime import heartbeat, world
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP")
 JITTER_SECONDS = 0.3
+EARLY = re.compile("before the ranks met|before all ranks were there")  # what the others say then
 END_SECONDS = 60.0
 STOPPED_SECONDS, JOIN_SECONDS = 3.0, 20.0  # in place of the 20 and 300 of `runtime`
 
@@ -61,6 +65,7 @@ class Case:
     codes: list[int]
     differences: list[str]
     problems: list[str] = field(default_factory=list)
+    at: float = 0.0  # seconds from the start
 
     @property
     def is_bad(self) -> bool:
@@ -81,8 +86,27 @@ def stage_of(lines: Sequence[str]) -> str:
     return "loading" if lines else "starting"
 
 
-def wait_for_instant(run: Launched, rng: random.Random, num_lines: int) -> list[str]:
-    """Wait for a random line of rank 0 and some more; the lines that are there."""
+def have_met(lines: Sequence[str]) -> bool:
+    return any(not line.startswith(("loading libraries", "waiting for rank")) for line in lines)
+
+
+def seconds_to_meet(run: Launched) -> float:
+    """Wait until the ranks have met; the seconds from their start."""
+    while not have_met(run.said().splitlines()) and run.is_alive(0):
+        time.sleep(0.01)
+    return time.monotonic() - run.started
+
+
+def wait_for_instant(run: Launched, rng: random.Random, num_lines: int, before: float | None) -> list[str] | None:
+    """Wait for a random line of rank 0 and some more; the lines that are there.
+
+    Args:
+        before: wait some of these seconds instead; None if the ranks have met already then.
+    """
+    if before is not None:
+        time.sleep(rng.uniform(0, before))
+        lines = run.said().splitlines()
+        return None if have_met(lines) else lines
     line, more = rng.randrange(num_lines), rng.uniform(0, JITTER_SECONDS)
     while len(lines := run.said().splitlines()) < line and run.is_alive(0):
         time.sleep(0.005)
@@ -101,8 +125,10 @@ def half_written(run: Path) -> list[str]:
     return found + [f"adapter: {problem}" for problem in (check_folder(adapter) if adapter.is_dir() else ())]
 
 
-def hit_once(work: Path, case: Case, rng: random.Random, num_lines: int, wanted: dict[str, Any]) -> bool:
-    """Start, hit a rank, wait, look, resume, compare; False if the rank had ended already."""
+def hit_once(
+    work: Path, case: Case, rng: random.Random, num_lines: int, wanted: dict[str, Any], before: float | None
+) -> bool:
+    """Start, hit a rank, wait, look, resume, compare; False if the rank had ended already, or the instant is over."""
     from solotune.run.events import ResumeEvent, StepEvent
     from solotune.run.record import RunRecord
     from solotune.training.verify_run import verify
@@ -110,25 +136,31 @@ def hit_once(work: Path, case: Case, rng: random.Random, num_lines: int, wanted:
     run, name = work / "run", case.signal
     shutil.rmtree(run, ignore_errors=True)
     launched = Launched(work, case.ranks, case.launcher)
-    lines = wait_for_instant(launched, rng, num_lines)
-    if not launched.is_alive(case.victim):
+    lines = wait_for_instant(launched, rng, num_lines, before)
+    if lines is None or not launched.is_alive(case.victim):
         launched.wait()
         return False
     os.kill(launched.pids[case.victim], getattr(signal, name))
-    sent, case.stage = time.monotonic(), stage_of(lines)
-    case.problems = launched.wait(case.victim if name == "SIGSTOP" and case.launcher == "fork" else None)
+    sent, case.stage = time.monotonic(), stage_of(lines) if before is None else "before the ranks met"
+    case.at = round(sent - launched.started, 2)
+    case.problems = launched.wait(case.victim if name == "SIGSTOP" and case.launcher != "torchrun" else None)
     case.seconds = round(max(launched.ended.values(), default=sent + END_SECONDS + 1) - sent, 2)
     case.codes = [launched.codes.get(rank, 0) for rank in range(case.ranks)]
-    if case.codes[case.victim] == 0 and case.launcher == "fork":
+    if case.codes[case.victim] == 0 and case.launcher != "torchrun":
         return False  # it was about to end
     said, others = launched.said(), [code for rank, code in enumerate(case.codes) if rank != case.victim]
+    if before is not None and not case.is_bad and not EARLY.search(said):
+        return False  # the ranks have met since
+    if before is not None:
+        case.problems += ["a run was begun"] if run.exists() else []
+        return True
     if name != "SIGTERM" and any(others) and not re.search(rf"rank {case.victim}\b", said):
         case.problems.append(f"not named: {said[-1000:]}")
     case.problems += half_written(run)
     before = max((event.step for event in RunRecord.read(run).of(StepEvent)), default=0)
     is_over = "comparing base and tuned" in said
 
-    goes_on = Launched(work, case.ranks, case.launcher, "--resume")
+    goes_on = Launched(work, case.ranks, "fork" if case.launcher == "processes" else case.launcher, "--resume")
     case.problems += [f"resumed: {problem}" for problem in goes_on.wait()]
     if any(goes_on.codes.values()):
         case.problems.append(f"resumed: {goes_on.codes} {goes_on.said()[-2000:]}")
@@ -171,8 +203,13 @@ def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path
     if not given.gpus:
         solotune.plan("run.yaml")  # before the ranks are forked
     whole = Launched(work, given.ranks, given.launcher)
+    before = None
+    if given.before_meeting:  # nothing is computed then, and nothing to be resumed
+        before = seconds_to_meet(whole)
+        for rank in range(given.ranks):
+            whole.kill(rank)
     problems, wanted = whole.wait(), figures_of(work / "run")
-    if problems or not wanted["adapter"]:
+    if problems or not (wanted["adapter"] or given.before_meeting):
         return problems or [whole.said()]
     num_lines = len(whole.said().splitlines())
     for instant in range(len(cases), given.instants):
@@ -180,7 +217,7 @@ def campaign(work: Path, given: argparse.Namespace, cases: list[Case], out: Path
         while not is_hit:
             victim, number = rng.randrange(given.ranks), rng.choice(given.signals)
             case = Case(instant, given.ranks, given.launcher, number, victim, "", 0.0, 0, [], [])
-            is_hit = hit_once(work, case, rng, num_lines, wanted)
+            is_hit = hit_once(work, case, rng, num_lines, wanted, before)
         cases.append(case)
         line = json.dumps(asdict(case))
         print(line, flush=True)
@@ -194,7 +231,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
+    parser.add_argument("--launcher", choices=("fork", "processes", "torchrun"), default="fork")
+    parser.add_argument(
+        "--before-meeting", action="store_true", help="hit ranks that are processes of their own, early"
+    )
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--gpus", action="store_true", help="a GPU for each rank, under torchrun")
     parser.add_argument("--real-limits", action="store_true")
@@ -205,8 +245,8 @@ def main() -> int:
     if given.table:
         print(table([case for path in given.table for case in read(path)]))
         return 0
-    if given.gpus:
-        given.launcher = "torchrun"
+    if given.gpus or given.before_meeting:
+        given.launcher = "torchrun" if given.gpus else "processes"
     load_all()
     if not given.real_limits:
         heartbeat.STOPPED_SECONDS, world.JOIN_SECONDS = STOPPED_SECONDS, JOIN_SECONDS

@@ -1,7 +1,7 @@
 """A tiny run on several ranks of this machine's CPU, and what it has written: for the benches of several ranks.
 
 The ranks are forked from this process, which has torch loaded already, so nobody but the ranks themselves ends them, as
-under srun; or torchrun starts them, each with a Python of its own.
+under srun; or they are processes of their own, which load it first; or torchrun starts them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,28 @@ class Launched:
 
             self.pids = Ranks(ranks, work, folder).pids
             return
+        if launcher == "processes":
+            self.pids = self._start(more)
+            return
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         with open(folder / "rank-0.txt", "w", encoding="utf-8") as file:
             self.agent = subprocess.Popen(
                 [*command, "-m", "solotune", "train", "run.yaml", *more], cwd=folder, stdout=file, stderr=file
             )
         self.pids = [self._pid_of(rank) for rank in range(ranks)]
+
+    def _start(self, more: Sequence[str]) -> list[int]:
+        """Each rank as a command of its own."""
+        from tests.ranks import environment, free_port
+
+        port, pids = free_port(), []
+        for rank in range(self.ranks):
+            variables = os.environ | environment(rank, self.ranks, port)
+            with open(self.folder / f"rank-{rank}.txt", "w", encoding="utf-8") as file:
+                command = [sys.executable, "-m", "solotune", "train", "run.yaml", *more]
+                pids.append(os.posix_spawn(sys.executable, command, variables, file_actions=[
+                    (os.POSIX_SPAWN_DUP2, file.fileno(), number) for number in (1, 2)]))  # fmt: skip
+        return pids
 
     def _pid_of(self, rank: int) -> int:
         assert self.agent is not None

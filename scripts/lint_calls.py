@@ -38,6 +38,7 @@ ALLOWED_OPENS = {  # file -> the reason
     "run/fs_ops.py": "writes, with O_NONBLOCK and O_NOFOLLOW",
     "run/atomic_io.py": "looks at a lock, with O_NONBLOCK and O_NOFOLLOW",
     "runtime/watchdog.py": "the end of a pipe, or the stacks file of its own run",
+    "runtime/rank_processes.py": "/proc",
     "runtime/watchdog_process.py": "/proc of the process that it watches",
     "hardware/machine.py": "/proc",
     "hardware/ram.py": "/proc and /sys",

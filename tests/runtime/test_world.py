@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,13 +19,16 @@ import torch
 import torch.distributed
 from ranks import Ranks, free_port
 
-from solotune.errors import CheckError, InputError
+from solotune.errors import CheckError, InputError, RankError, is_said
 from solotune.runtime import rendezvous, sessions, signals
 from solotune.runtime import world as worlds
+from solotune.runtime.early_ranks import EarlyRanks
 from solotune.runtime.heartbeat import Heartbeat, Lost, Peer, RankLost
-from solotune.runtime.rendezvous import store_at
+from solotune.runtime.rank_processes import RankProcess, RankProcesses
+from solotune.runtime.rendezvous import Meeting, store_at
 from solotune.runtime.world import ALONE, World, rank_of
 
+NOBODY = EarlyRanks(RankProcesses(0, 2, ("127.0.0.1", 1)))
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node-0", "MASTER_PORT": "29500",
             "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
 
@@ -176,7 +180,7 @@ def test_a_rank_that_dies_right_after_the_meeting_is_named(monkeypatch: pytest.M
     hello = [1, dead.pid, "node", worlds.heartbeat.process_space(), 2]
 
     def meet() -> None:
-        store = store_at(address, 2, 0, 10.0, is_server=False)
+        store = store_at(address, 2, 0, 10.0, NOBODY, is_server=False)
         store.set("hello/1", json.dumps(hello))
         is_over.wait()
         store.set("state/1", json.dumps({"beats": 1}))  # so that nobody waits for it any more
@@ -254,9 +258,68 @@ def test_a_rank_that_counts_other_ranks_is_refused_by_both() -> None:
     assert found == {0: (problem.format(1, 0), "3 and 2"), 1: (problem.format(0, 1), "2 and 3")}
 
 
+def knows(rank: int, *gone: int, size: int = 3) -> EarlyRanks:
+    processes = RankProcesses(rank, size, ("127.0.0.1", 1))
+    processes._ranks = [RankProcess(one, 7, 0, "gone", 30.0) for one in gone]
+    return EarlyRanks(processes)
+
+
+def test_a_rank_that_knows_who_is_lost_lets_the_others_know_and_rank_0_says_it() -> None:
+    """Here rank 2, on the machine of rank 1; rank 3 comes later."""
+    address, errors = ("127.0.0.1", free_port()), dict[int, RankError]()
+    until = time.monotonic() + 60
+
+    def meet(rank: int, early: EarlyRanks) -> None:
+        store = store_at(address, 4, 0, 30.0, early, is_server=rank == 0)
+        with pytest.raises(RankError) as lost:
+            Meeting(store, rank, 4, until, early).meet([rank], address)
+        errors[rank] = lost.value
+
+    threads = [
+        threading.Thread(target=meet, args=(rank, knows(rank, *[1] * (rank == 2), size=4))) for rank in (0, 2, 3)
+    ]
+    for thread in threads[:2]:
+        thread.start()
+    threads[1].join()
+    threads[2].start()
+    for thread in threads:
+        thread.join()
+    assert {rank: (error.rank, error.exit_code, is_said(error)) for rank, error in errors.items()} == {
+        0: (1, 137, False),
+        2: (1, 137, True),
+        3: (1, 137, True),
+    }
+    assert "rank 1 (process 7 on " in errors[3].problem
+    assert time.monotonic() < until - 45, "nobody waits longer than the last one needs to read it"
+
+
+def test_in_place_of_a_rank_0_that_is_lost_its_neighbour_lets_other_machines_know() -> None:
+    address = ("127.0.0.1", free_port())
+
+    def neighbour() -> None:
+        with pytest.raises(RankError, match=r"rank 0 .* has ended before the ranks met") as lost:
+            store_at(address, 3, 0, 60.0, knows(1, 0), is_server=False)
+        assert not is_said(lost.value)
+        over.append(time.monotonic())
+
+    over, begun = list[float](), time.monotonic()
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    with pytest.raises(RankError, match=r"rank 0 .process 7 on .* has ended before the ranks met") as lost:
+        World(2, 3, address=address).join()
+    assert not is_said(lost.value), "on its machine it is the first"
+    thread.join()
+    assert over[0] < begun + rendezvous.STAY_SECONDS
+
+
+def test_a_rank_0_that_is_lost_ends_its_neighbours_while_they_look_for_it() -> None:
+    with pytest.raises(RankError, match=r"rank 0 .* has ended before the ranks met"):
+        store_at(("127.0.0.1", free_port()), 2, 0, 60.0, knows(1, 0, size=2), is_server=False)
+
+
 def test_the_kernel_ends_a_connection_to_the_store_that_is_cut() -> None:
     address = ("127.0.0.1", free_port())
-    store = store_at(address, 2, 0, 5.0, is_server=True)
+    store = store_at(address, 2, 0, 5.0, NOBODY, is_server=True)
     kept = []
     for path in Path("/proc/self/fd").iterdir():
         if path.exists() and os.readlink(path).startswith("socket:"):

@@ -40,6 +40,7 @@ from solotune.run.history import history_of
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOG, STACKS, RunDirectory
 from solotune.run.run_log import RunLog
+from solotune.runtime import rank_processes
 from solotune.runtime.heartbeat import RankLost, rank_error
 from solotune.runtime.library_noise import quiet_libraries
 from solotune.runtime.world import ALONE, World, joined
@@ -125,6 +126,7 @@ def train(
         RankError: another rank failed, died or hangs; `change` says how to continue.
     """
     world = World.of_environment(os.environ)
+    rank_processes.begin(os.environ)
     with ranks.failing_together(world):
         checked = config_of(config, overrides, keys).on_ranks(world.size)
     from solotune.hardware import doctor

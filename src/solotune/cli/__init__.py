@@ -4,6 +4,14 @@
 `from solotune.cli.main import ...`.
 """
 
+import os
+import sys
+
+from solotune.runtime import rank_processes
+
+if sys.argv[1:2] == ["train"]:
+    rank_processes.begin(os.environ)  # before the other imports: a rank may be killed meanwhile
+
 from solotune.cli.main import main
 
 __all__ = ["main"]

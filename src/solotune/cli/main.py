@@ -35,7 +35,7 @@ from solotune.errors import (
     run_dir_of,
 )
 from solotune.run.atomic_io import append_line
-from solotune.runtime import signals, watchdog
+from solotune.runtime import rank_processes, signals, watchdog
 from solotune.runtime.library_noise import quieten
 from solotune.runtime.world import rank_of
 from solotune.units import escape_terminal, first_line
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except signals.StopRequested as stop:  # before or after the command itself
         code = 128 + stop.number
     if is_ours and rank is not None:
+        rank_processes.stay()
         _end_process(code)
     return code
 

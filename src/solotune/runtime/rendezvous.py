@@ -17,31 +17,41 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from solotune.errors import SAID_BY_ANOTHER_RANK, InputError
+from solotune.errors import SAID_BY_ANOTHER_RANK, InputError, RankError, is_said
 from solotune.runtime import signals
+from solotune.runtime.early_ranks import EarlyRanks
+from solotune.runtime.heartbeat import Lost
 from solotune.units import first_line
+
+T = TypeVar("T")
 
 QUIET_SECONDS = 10.0  # until rank 0 says for whom it waits
 ATTEMPT_SECONDS = 5.0
 ANSWER_SECONDS = 20.0  # for the first answer of what listens at the port
 OWN_SECONDS = 30.0  # until rank 0 reaches its own store
 CUT_SECONDS = 45  # without an answer of the other machine's kernel
+STAY_SECONDS = 15.0  # how long rank 0 stays for ranks that have yet to come to read which one is lost
+READ_SECONDS = 3.0  # until rank 0 has read it
+LOOK_SECONDS = 0.3  # between two looks whether another rank knows of one that is lost
 
 
-def store_at(address: tuple[str, int], size: int, restarts: int, seconds: float, *, is_server: bool) -> Any:
+def store_at(
+    address: tuple[str, int], size: int, training: int, seconds: float, early: EarlyRanks, *, is_server: bool
+) -> Any:
     """A connection to the store; with `is_server` it is in this process.
 
     Args:
-        restarts: how often the ranks were started again; each time they have keys of their own.
+        training: how many this process has begun before; each has keys of its own.
         seconds: to wait for rank 0.
 
     Raises:
         InputError: the port is taken, or nobody answers there.
+        RankError: rank 0 is lost, or another rank and rank 0 is not there.
     """
     import torch.distributed as dist
 
@@ -50,10 +60,15 @@ def store_at(address: tuple[str, int], size: int, restarts: int, seconds: float,
     while True:
         signals.check_stop()
         try:
+            early.check()
             _reach(host, port, listens=not is_server)
-            store = _connect(host, port, size, is_server)
+            store = _connect(host, port, size, is_server, early)
             store.set_timeout(timedelta(seconds=seconds))
-            return dist.PrefixStore(f"solotune/{restarts}", store)
+            return dist.PrefixStore(f"solotune/{training}", store)
+        except RankError as error:
+            if error.rank == 0 and (elsewhere := early.ranks_elsewhere()) and not is_said(error):
+                _tell(host, port, size, training, early, elsewhere)
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             if "EADDRINUSE" in str(error) or "ddress already in use" in str(error):
                 raise _taken(f"another process uses port {port} of {host}", str(port)) from None
@@ -65,6 +80,21 @@ def store_at(address: tuple[str, int], size: int, restarts: int, seconds: float,
                     change="give the address of the machine of rank 0, and a port that its firewall lets through",
                 ) from None
             time.sleep(0.2)
+
+
+def _tell(host: str, port: int, size: int, training: int, early: EarlyRanks, ranks: Sequence[int]) -> None:
+    """Keep a store in place of rank 0, which was on this machine, until these ranks have read that it is lost."""
+    import torch.distributed as dist
+
+    lost, until = early.lost(), time.monotonic() + STAY_SECONDS
+    if lost is None:
+        return
+    with contextlib.suppress(RuntimeError, ValueError, InputError):  # the port is rank 0's still, which is stopped
+        store = dist.PrefixStore(f"solotune/{training}", _connect(host, port, size, True, None))
+        store.set("lost", json.dumps(asdict(lost)))
+        while not store.check([f"lost/{rank}" for rank in ranks]) and time.monotonic() < until:
+            signals.check_stop()
+            time.sleep(0.02)
 
 
 def _taken(what: str, seen: str) -> InputError:
@@ -85,12 +115,13 @@ def _reach(host: str, port: int, *, listens: bool) -> None:
         pass
 
 
-def _connect(host: str, port: int, size: int, is_server: bool) -> Any:
+def _connect(host: str, port: int, size: int, is_server: bool, early: EarlyRanks | None) -> Any:
     """One attempt.
 
     Raises:
         RuntimeError, ValueError: torch's reason.
         InputError: what listens there is no store.
+        RankError: see `store_at`.
     """
     import torch.distributed as dist
 
@@ -105,8 +136,10 @@ def _connect(host: str, port: int, size: int, is_server: bool) -> Any:
 
     threading.Thread(target=attempt, name="rendezvous", daemon=True).start()
     until = time.monotonic() + ANSWER_SECONDS
-    while time.monotonic() < until:
+    while time.monotonic() < until or (early is not None and early.is_absent(0)):
         signals.check_stop()
+        if early is not None:
+            early.check()
         with contextlib.suppress(queue.Empty):
             found = ends.get(timeout=0.05)
             if isinstance(found, Exception):
@@ -145,6 +178,7 @@ class Meeting:
 
     Args:
         until: when those that are there give up (`time.monotonic`).
+        early: what is seen of the ranks of this machine.
         note: told once for whom this rank waits, if that takes long.
     """
 
@@ -152,6 +186,7 @@ class Meeting:
     rank: int
     size: int
     until: float
+    early: EarlyRanks
     note: Callable[[str], None] | None = None
 
     def meet(self, hello: list[Any], address: tuple[str, int]) -> list[list[Any]]:
@@ -159,9 +194,10 @@ class Meeting:
 
         Raises:
             InputError: some ranks do not come, two have one number, or they count differently.
+            RankError: one has ended or is stopped.
         """
         self._claim(address)
-        self.store.set(f"hello/{self.rank}", json.dumps([*hello, self.size]))
+        self._ask(lambda: self.store.set(f"hello/{self.rank}", json.dumps([*hello, self.size])))
         self._require_size([0], self.wait_for("hello", [0]))  # one that waits for more ranks than there are must end
         found = self.wait_for("hello", range(self.size))
         self._require_size(range(self.size), found)
@@ -173,7 +209,7 @@ class Meeting:
         Raises:
             InputError: another process has it, perhaps one of another run, which this one must not disturb.
         """
-        if self.store.add(f"claim/{self.rank}", 1) > 1:
+        if self._ask(lambda: self.store.add(f"claim/{self.rank}", 1)) > 1:
             raise InputError(
                 f"RANK, MASTER_PORT: rank {self.rank} is there already at {address[0]}:{address[1]}",
                 seen="another process with this rank, of this run or of another run at this port",
@@ -185,14 +221,17 @@ class Meeting:
 
         Raises:
             InputError: some have not; rank 0 is the first to say so.
+            RankError: one has ended or is stopped.
         """
         keys, begun, told = [f"{what}/{rank}" for rank in ranks], time.monotonic(), False
-        until = self.until if self.rank == 0 else self.until + QUIET_SECONDS
-        while not self.store.check(keys):
+        until, looked = self.until if self.rank == 0 else self.until + QUIET_SECONDS, begun
+        while not self._has(keys):
             signals.check_stop()
+            if time.monotonic() > looked + LOOK_SECONDS:
+                looked = self._end_if_one_is_lost()
             waited, is_over = time.monotonic() - begun, time.monotonic() > until
             if is_over or (self.note and not told and waited > QUIET_SECONDS):
-                missing = [str(rank) for rank in ranks if not self.store.check([f"{what}/{rank}"])]
+                missing = [str(rank) for rank in ranks if not self._has([f"{what}/{rank}"])]
                 if is_over and missing:
                     raise InputError(
                         f"rank {', '.join(missing)} did not start within {waited:.0f} s",
@@ -203,7 +242,46 @@ class Meeting:
                     self.note(f"waiting for rank {', '.join(missing)} of {self.size} ranks ...")
                 told = True
             time.sleep(0.02)
-        return [json.loads(text) for text in self.store.multi_get(keys)]
+        return [json.loads(text) for text in self._ask(lambda: self.store.multi_get(keys))]
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """What the store answers; it may be in a rank that is stopped, and then `early` ends this one."""
+        with self.early.asking():
+            return question()
+
+    def _has(self, keys: Sequence[str]) -> bool:
+        return self._ask(lambda: self.store.check(list(keys)))
+
+    def _end_if_one_is_lost(self) -> float:
+        """End if this rank sees that one is lost, or another one has; when it was asked.
+
+        Raises:
+            RankError: one is lost; all others know it.
+        """
+        lost = self.early.lost()
+        if lost is None and self._has(["lost"]):
+            lost = Lost(**json.loads(self._ask(lambda: self.store.get("lost"))))
+            self._ask(lambda: self.store.set(f"lost/{self.rank}", "read"))
+        if lost is None:
+            return time.monotonic()
+        raise self.early.error(lost, is_said=lost.rank != 0 and self._rank_0_says(lost))
+
+    def _rank_0_says(self, lost: Lost) -> bool:
+        """Let all others know who is lost; whether rank 0 is another one, and knows it.
+
+        Rank 0, which keeps the store, stays until all have read it: those that load libraries come later.
+        """
+        others = [rank for rank in range(self.size) if rank != lost.rank] if self.rank == 0 else [0]
+        until = time.monotonic() + (STAY_SECONDS if self.rank == 0 else READ_SECONDS)
+        try:
+            self._ask(lambda: self.store.set("lost", json.dumps(asdict(lost))))
+            self._ask(lambda: self.store.set(f"lost/{self.rank}", "read"))
+            while not (has_read := self._has([f"lost/{rank}" for rank in others])) and time.monotonic() < until:
+                signals.check_stop()
+                time.sleep(0.02)
+        except RuntimeError:  # rank 0 has ended: it has read it
+            has_read = True
+        return has_read and self.rank != 0
 
     def _require_size(self, ranks: Sequence[int], found: Sequence[list[Any]]) -> None:
         for rank, (*_, size) in zip(ranks, found, strict=True):

@@ -34,7 +34,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from solotune.errors import SAID_BY_ANOTHER_RANK, CheckError, InputError
-from solotune.runtime import heartbeat, sessions, signals
+from solotune.runtime import early_ranks, heartbeat, sessions, signals
 from solotune.runtime.exchange import Exchange, wait_until
 from solotune.runtime.heartbeat import Departure, Heartbeat, Lost, Peer, RankLost
 from solotune.runtime.rendezvous import Meeting, store_at
@@ -138,28 +138,31 @@ class World:
 
         Raises:
             InputError: MASTER_PORT is taken, nobody answers there, some ranks do not come, or two have one number.
+            RankError: a rank has ended, or is stopped.
         """
         if self.size == 1:
             return
-        training = len(sessions.TRAININGS)
-        until = time.monotonic() + seconds
+        training, until = len(sessions.TRAININGS), time.monotonic() + seconds
         is_server = self.is_owner and not self.has_agent
-        self._store = store_at(self.address, self.size, training, seconds, is_server=is_server)
-        beats = store_at(self.address, self.size, training, seconds, is_server=False)
-        sessions.SERVERS.extend([self._store] * is_server)
-        self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
-        meeting = Meeting(self._store, self.rank, self.size, until, note)
-        with meeting.errors(is_first_here=self.local_rank == 0):
-            hello = [own.rank, own.pid, own.host, own.space]
-            if self.has_agent:
-                place, found = sessions.meet(meeting, hello, self.address)
-                self._store, beats, self.restarts = place.of(self._store), place.of(beats), place.number - 1
-            else:
-                found = meeting.meet(hello, self.address)
-            self.peers = [Peer(*one) for one in found if one[0] != self.rank]
-            sessions.TRAININGS.append(training)
-            self._exchange = Exchange(self._store, self.rank, self.size)
-            self._heartbeat = Heartbeat(beats, self.rank, self.peers)
+        with early_ranks.watched(self.rank, self.size, self.address, has_agent=self.has_agent) as early:
+            at = self.address, self.size, training, seconds, early
+            self._store = store_at(*at, is_server=is_server)
+            beats = store_at(*at, is_server=False)
+            sessions.SERVERS.extend([self._store] * is_server)
+            self._own = own = Peer(self.rank, os.getpid(), platform.node(), heartbeat.process_space())
+            meeting = Meeting(self._store, self.rank, self.size, until, early, note)
+            with meeting.errors(is_first_here=self.local_rank == 0):
+                hello = [own.rank, own.pid, own.host, own.space]
+                if self.has_agent:
+                    place, found = sessions.meet(meeting, hello, self.address)
+                    self._store, beats, self.restarts = place.of(self._store), place.of(beats), place.number - 1
+                else:
+                    found = meeting.meet(hello, self.address)
+                self.peers = [Peer(*one) for one in found if one[0] != self.rank]
+                sessions.TRAININGS.append(training)
+                self._exchange = Exchange(self._store, self.rank, self.size)
+                with early.asking():
+                    self._heartbeat = Heartbeat(beats, self.rank, self.peers)
         self._heartbeat.start()
 
     def leave(self, departure: Departure) -> bool:
