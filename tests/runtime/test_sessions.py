@@ -1,4 +1,4 @@
-"""Ranks that are started again meet anew, in whichever order they come; and a program that trains twice."""
+"""Ranks that are started again meet again, in whichever order they come; and a program that trains twice."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ranks import Ranks
 
 from solotune.errors import InputError
 from solotune.runtime import sessions, signals
+from solotune.runtime.early_ranks import EarlyRanks
+from solotune.runtime.rank_processes import RankProcesses
 from solotune.runtime.rendezvous import Meeting
 from solotune.runtime.world import World, joined
 
@@ -20,7 +22,8 @@ ADDRESS = ("node", 29500)
 
 
 def meet(store: Any, rank: int, who: str, seconds: float = 10.0) -> tuple[int, list[str]]:
-    meeting = Meeting(store, rank, 2, time.monotonic() + seconds)
+    early = EarlyRanks(RankProcesses(rank, 2, ADDRESS))
+    meeting = Meeting(store, rank, 2, time.monotonic() + seconds, early)
     place, found = sessions.meet(meeting, [who], ADDRESS)
     assert place.of(store).check([f"claim/{rank}"])
     return place.number, [one[0] for one in found]
