@@ -15,8 +15,8 @@ from solotune.config.metric_specs import MetricSpec
 FOREIGN = "foreign"
 """Source of a value that the files of another trainer have."""
 MICRO_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-EVAL_ROWS = "per_device_eval_batch_size"
 """Keys whose product is the rows of a step."""
+EVAL_ROWS = "per_device_eval_batch_size"
 
 
 @dataclass(frozen=True, kw_only=True)
