@@ -142,7 +142,7 @@ def test_each_rank_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         assert cards.connected == [found]
     for visible, local_rank, problem in (
         (["GPU-a"], 1, "rank 0 and rank 1 use the same GPU"),
-        (["GPU-a", "GPU-b"], 2, "rank 1 is the process 2 of "),
+        (["GPU-a", "GPU-b"], 2, "no GPU is left for process 2 on "),
         ([], 1, "rank 1 differs from rank 0: card"),
     ):
         cards = Cards(monkeypatch, visible, other)

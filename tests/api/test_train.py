@@ -97,7 +97,10 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
     log = (tried.run_dir / "log.txt").read_text()
     assert "preflight: the largest step (4 rows, " in log
     size = r"[\d.,]+ [GM]iB"
-    assert re.search(rf"plan: {size} peak memory \(budget {size}\), [\d.e-]+ s per step, \d+:\d\d in total", log)
+    planned = (
+        rf"plan: {size} peak memory of an evaluation \(budget {size}\), [\d.e-]+ s per step, \d+:\d\d in total"
+    )
+    assert re.search(planned, log)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 
 
@@ -184,6 +187,9 @@ def test_resume_needs_no_hands_and_ends_bit_equal(config, tmp_path, killed_at):
     assert losses[0] == losses[1]
 
 
+RENDERING = ("solotune.dataset.prepare", "solotune.api.setup")
+
+
 class Then(date):
     """The day of a run."""
 
@@ -205,13 +211,15 @@ def test_a_run_keeps_its_date(config, chat_model, tmp_path, monkeypatch):
     written = CHATML.replace("{% for", "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n{% for", 1)
     (tmp_path / "dated.jinja").write_text(written)
     config["chat_template_path"] = "dated.jinja"
-    monkeypatch.setattr(sys.modules["solotune.dataset.prepare"], "date", Then)
+    for module in RENDERING:
+        monkeypatch.setattr(sys.modules[module], "date", Then)
     solotune.train({**config, "output_dir": "whole"})
     with pytest.raises(Killed):
         solotune.train(config, display=KilledAt(5))
     recorded = json.loads((tmp_path / "run" / "data.json").read_text())["rendered_on"]
     assert recorded == "2026-02-03"
-    monkeypatch.setattr(sys.modules["solotune.dataset.prepare"], "date", Later)
+    for module in RENDERING:
+        monkeypatch.setattr(sys.modules[module], "date", Later)
     solotune.train(config, resume=True)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
     assert json.loads((tmp_path / "run" / "data.json").read_text())["rendered_on"] == recorded

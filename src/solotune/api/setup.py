@@ -26,6 +26,7 @@ from solotune.hardware.gpu_errors import device_errors
 from solotune.hub.model_files import ModelFiles, resolve_model
 from solotune.model import empty_model, frozen_linear, lora
 from solotune.planning import plan_inputs
+from solotune.planning.peak_memory import PHASES
 from solotune.run.atomic_io import write_whole
 from solotune.run.events import PreflightEvent, ResumeEvent, StartEvent
 from solotune.run.output_dir import check_destination
@@ -329,7 +330,7 @@ def _parameters_in_words(summary: dict[str, Any]) -> str:
 def _plan_in_words(plan: Plan) -> str:
     """Predicted memory and time in one line."""
     seconds, used = plan.option.seconds, plan.option.footprint
-    where = f", of {used.moment}" if used.is_of_evaluation else ""
-    memory = f"{format_bytes(used.peak_bytes)} peak memory{where} (budget {format_bytes(plan.budget.bytes)})"
+    phase = f" of {PHASES[used.moment]}" if used.is_of_evaluation else ""
+    memory = f"{format_bytes(used.peak_bytes)} peak memory{phase} (budget {format_bytes(plan.budget.bytes)})"
     text = f"plan: {memory}, {format_step_time(seconds.step)} per step"
     return text + (f", {format_duration(seconds.total)} in total" if seconds.total is not None else "")

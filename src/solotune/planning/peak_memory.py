@@ -33,6 +33,9 @@ class HostMemory(NamedTuple):
         return f"{gib(sum(self))} GiB" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 
 
+PHASES = {"training": "a training step", "evaluation": "an evaluation", "answers": "generated answers"}
+
+
 class Peaks(NamedTuple):
     """The peak of each phase of a run, in bytes of the allocator; 0: the run has no such phase."""
 
@@ -65,10 +68,8 @@ class PeakMemory:
 
     def other_peaks(self) -> list[tuple[str, int]]:
         """(what, bytes) of the phases that need less than the peak."""
-        names = {"training": "a training step", "evaluation": "an evaluation", "answers": "generated answers"}
         this = self.moment if self.is_of_evaluation else "training"
-        sizes = self.peaks._asdict()
-        return [(names[name], size) for name, size in sizes.items() if size and name != this]
+        return [(PHASES[name], size) for name, size in self.peaks._asdict().items() if size and name != this]
 
     @property
     def peak_bytes(self) -> int:
