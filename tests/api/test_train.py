@@ -97,9 +97,7 @@ def test_a_preflight_stands_beside_the_plan_and_changes_nothing(config, tmp_path
     log = (tried.run_dir / "log.txt").read_text()
     assert "preflight: the largest step (4 rows, " in log
     size = r"[\d.,]+ [GM]iB"
-    planned = (
-        rf"plan: {size} peak memory of an evaluation \(budget {size}\), [\d.e-]+ s per step, \d+:\d\d in total"
-    )
+    planned = rf"plan: {size} peak memory of an evaluation \(budget {size}\), [\d.e-]+ s per step, \d+:\d\d in total"
     assert re.search(planned, log)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["preflight"] is None
 

@@ -42,6 +42,18 @@ def test_a_number_that_somebody_wrote_is_kept_and_the_error_names_it():
     assert plan.to_json()["peaks"]["evaluation"] == plan.to_json()["peak_bytes"] > 12 * GIB
 
 
+def test_answers_that_fit_in_fewer_rows_do_not_refuse_a_number_that_somebody_wrote():
+    """Generation takes halves where memory is short."""
+    keys = {"per_device_eval_batch_size": 8, "gradient_checkpointing": True, "base_residency": "quantized"}
+    keys["base_precision"] = "nf4"
+    rows = {"eval_batch": (8, 500), "eval_labels": 100, "answers": (8, 500, 8_000)}
+    most = planned(rows, "40GiB", **keys).option.footprint.peaks
+    plan = planned(rows, "12GiB", base_offload=False, **keys)
+    assert plan.fits and plan.resolved.per_device_eval_batch_size == 8
+    assert plan.option.footprint.peaks.answers < 12 * GIB < most.answers
+    assert plan.option.footprint.peaks.evaluation == most.evaluation
+
+
 def test_longer_answers_than_fit_are_named():
     work = {"eval_batch": (1, 500), "eval_labels": 100, "answers": (1, 500, 100_000)}
     plan = planned(work, "12GiB", base_offload=False, gradient_checkpointing=True)

@@ -59,7 +59,7 @@ def generate_all(
         chosen = order[len(answers) : len(answers) + batch_size]
         try:
             found = _continue(model, [prompts[i] for i in chosen], max_new_tokens, stops)
-        except torch.cuda.OutOfMemoryError:  # the plan knows of no batch of long answers with their keys and values
+        except torch.cuda.OutOfMemoryError:
             if len(chosen) == 1:
                 raise
             torch.cuda.empty_cache()

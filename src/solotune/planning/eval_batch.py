@@ -2,7 +2,8 @@
 
 Held-out losses are those of the same rows, whatever number of them is computed at a time, but for rounding. So training
 comes first: its settings are chosen with one row in a pass, and then the pass gets as many rows as fit, by halves of
-the default. A number that somebody wrote is kept, and counts like the rest of the run.
+the default. A number that somebody wrote is kept, and counts like the rest of the run. But answers are generated in
+halves of it where memory is short (`evaluation.generation`), so of them only one has to fit.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from solotune.units import format_bytes
 
 def with_fewest_rows(settings: MemorySettings, work: Workload) -> Workload:
     """The work that training settings are chosen for: with one row in an evaluation pass, if the plan may choose."""
-    return work.with_eval_rows(1) if settings.eval_rows_are_open else work
+    return work.with_eval_rows(1) if settings.eval_rows_are_open else work.with_answers(1)
 
 
 def with_most_rows(
     settings: MemorySettings, option: Candidate, shape: ModelShape, work: Workload, card: Card, budget: Budget
 ) -> tuple[Candidate, dict[str, object]]:
-    """An option that fits with one row in an evaluation pass, with as many as fit; and the key that the plan sets."""
-    most = work.eval_batch[0]
-    if not settings.eval_rows_are_open or most < 2:
+    """An option that fits with the fewest rows, with as many as fit; and the key that the plan sets."""
+    is_open = settings.eval_rows_are_open
+    most = work.eval_batch[0] if is_open else work.answers[0]
+    if most < 2:
         return option, {}
     for rows in (most, *_halves(most)):
-        fewer = work.with_eval_rows(rows)
+        fewer = work.with_eval_rows(rows) if is_open else work.with_answers(rows)
         used = footprint(shape, option.knobs, fewer, card)
         if budget.holds(used):
             break
     chosen = replace(option, footprint=used, seconds=seconds(shape, option.knobs, fewer, card))
-    return chosen, {EVAL_ROWS: rows} if rows < most else {}
+    return chosen, {EVAL_ROWS: rows} if is_open and rows < most else {}
 
 
 def fewest_rows(settings: MemorySettings, work: Workload) -> dict[str, object]:

@@ -184,8 +184,13 @@ class Workload:
 
     def with_eval_rows(self, rows: int) -> Workload:
         """The same work with at most so many rows in an evaluation pass, and prompts answered together."""
-        (now, tokens), (together, *lengths) = self.eval_batch, self.answers
-        return replace(self, eval_batch=(min(rows, now), tokens), answers=(min(rows, together), *lengths))
+        now, tokens = self.eval_batch
+        return replace(self, eval_batch=(min(rows, now), tokens)).with_answers(rows)
+
+    def with_answers(self, rows: int) -> Workload:
+        """The same work with at most so many prompts answered together."""
+        together, *lengths = self.answers
+        return replace(self, answers=(min(rows, together), *lengths))
 
     def with_eval_tokens(self, tokens: int) -> Workload:
         """The same work with rows and prompts of at most so many tokens in evaluations."""
