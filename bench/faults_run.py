@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from solotune.run.manifest import check_folder
 from solotune.run.record import RunRecord
 from solotune.run.run_dir import LOCK, LOG, RunDirectory
 from solotune.training import checkpoint, loop
-from solotune.training.resume import continued, recorded_day
+from solotune.training.resume import continued, fingerprints, recorded_day
 from solotune.training.verify_run import verify
 
 KILLED, HUNG = -signal.SIGKILL, 9
@@ -141,7 +141,8 @@ class Workload:
                 recorded_day(
                     config.resume_from_checkpoint, continued(config.output_dir) if resume else None
                 )  # read as the real one reads it
-                return ready
+                now = fingerprints(ready.config, ready.prepared, ready.machine, ready.model_files)
+                return replace(ready, fingerprints=now)  # a test may have given it another config
 
             train_verb.prepare_run = prepared
         with fs_ops.watched(hook) if hook else contextlib.nullcontext():
