@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from solotune.errors import CheckError
 from solotune.hardware import doctor, machine
 from solotune.hardware.ram import Ram
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
+
+
+def test_without_a_temporary_folder_it_is_not_torch_that_is_broken(monkeypatch, tmp_path):
+    doctor.require_torch()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    with pytest.raises(CheckError, match="no temporary folder") as refused:
+        doctor.require_torch()
+    assert "missing" in str(refused.value) and "export TMPDIR=FOLDER" in str(refused.value)
 
 
 def checks(name: str) -> list[tuple[str, str, str | None]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import resource
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -92,11 +93,19 @@ def doctor() -> DoctorReport:
 
 
 def require_torch() -> None:
-    """Check that torch can be imported.
+    """Check that torch can be imported, and that there is a temporary folder, for which it asks then.
 
     Raises:
-        CheckError: it cannot.
+        CheckError: it cannot, or there is none.
     """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise CheckError(
+            "there is no temporary folder that this process can write to",
+            seen=first_line(error),
+            change="export TMPDIR=FOLDER with one that it can, or free some space in it",
+        ) from error
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:  # its libraries may crash where it runs out
         raise _torch_missing(f"with the libraries beside it, it takes about {gib(MIN_ADDRESS_SPACE)} GiB")
