@@ -17,38 +17,23 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from bench.made_weights import make_checkpoint, make_weights_here
-from bench.plan_cases import MODELS, RECIPE
+from bench.plan_cases import ALL, BF16, CODES, MODELS, RECIPE, STREAM, Case, of
+from bench.plan_runs import random_rows
 
 MIB = 1 << 20
-NF4 = ("base_precision=nf4", "base_residency=quantized")
-
-
-class Case(NamedTuple):
-    model: str
-    rows: int  # of an evaluation pass
-    tokens: int
-    learned: float  # share of each row's tokens, at its end
-    overrides: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} {self.rows}x{self.tokens} learned={self.learned} {' '.join(self.overrides)}"
-
-
-CASES = [
-    Case("135M", 1, 512, 1.0, ("base_precision=bf16",)),
-    Case("135M", 16, 2048, 1.0, ("base_precision=bf16",)),
-    Case("1B", 4, 8192, 0.2, NF4),
-    Case("8B", 1, 256, 0.1, NF4),
-    Case("8B", 4, 2048, 1.0, NF4),
-    Case("8B", 16, 2048, 0.3, (*NF4, "lora_target_modules=all-linear")),
-    Case("8B", 4, 2048, 1.0, ("base_precision=bf16",)),
-    Case("8B", 4, 2048, 1.0, ("base_precision=nf4", "base_offload=true")),
+NF4 = ("base_precision=nf4", CODES)
+CASES = [  # rows: of an evaluation pass
+    of("135M", "1x512", BF16),
+    of("135M", "16x2048", BF16),
+    of("1B", "4x8192", *NF4, learned=0.2),
+    of("8B", "1x256", *NF4, learned=0.1),
+    of("8B", "4x2048", *NF4),
+    of("8B", "16x2048", *NF4, ALL, learned=0.3),
+    of("8B", "4x2048", BF16),
+    of("8B", "4x2048", "base_precision=nf4", STREAM),
 ]
 
 
@@ -68,14 +53,12 @@ def plan_of(case: Case, folder: Path) -> Any:
     return planner.make_plan(config, plan_inputs.shapes_of(), card, work, free, host_free_bytes=machine.ram_free_bytes)
 
 
-def measured(case: Case) -> dict[str, Any]:
-    """Planned and measured peaks, in bytes."""
-    folder = Path(tempfile.mkdtemp()) / "model"
+def measured(case: Case, folder: Path) -> dict[str, Any]:
+    """Planned and measured peaks, in bytes; the model is made in `folder`."""
     make_checkpoint(folder, MODELS[case.model])
     plan = plan_of(case, folder)
     import torch
 
-    from solotune.dataset import Example
     from solotune.dataset.collate import collate
     from solotune.evaluation import scores
     from solotune.model.loading import load_model
@@ -86,11 +69,6 @@ def measured(case: Case) -> dict[str, Any]:
     make_weights_here()
     device = torch.device("cuda")
     model = load_model(plan.resolved, device, torch.bfloat16)
-    rng, mask = np.random.default_rng(0), np.arange(case.tokens) >= case.tokens - round(case.tokens * case.learned)
-
-    def some(count: int) -> list[Example]:
-        ids = rng.integers(10, MODELS[case.model]["vocab_size"], (count, case.tokens)).astype(np.int32)
-        return [Example(row, mask, f"random:{number}", []) for number, row in enumerate(ids)]
 
     def peak_of(run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
@@ -101,7 +79,8 @@ def measured(case: Case) -> dict[str, Any]:
         return torch.cuda.max_memory_allocated()
 
     optimizer = make_optimizer(plan.resolved.optimizer, [model.flat_params])
-    runner, batch, held_out = MicroBatchRunner(model, False), collate(some(1), device), some(case.rows)
+    runner, batch = MicroBatchRunner(model, False), collate(random_rows(case, 1), device)
+    held_out = random_rows(case, case.rows)
     model.module.train()
     step = [peak_of(lambda: loop.train_step(model, [batch], optimizer, 1.0, (0, 1), runner)) for _ in range(2)][-1]
     evaluation = [peak_of(lambda: scores.score(model, held_out, case.rows)) for _ in range(2)][-1]
@@ -115,7 +94,8 @@ def main() -> None:
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(measured(CASES[args.child])))
+        with tempfile.TemporaryDirectory() as temporary:
+            print(json.dumps(measured(CASES[args.child], Path(temporary) / "model")))
         return
     for number, case in enumerate(CASES):
         if args.only not in case.name:
